@@ -1,0 +1,233 @@
+"""The operators. Each is a formula, checked here once, run by the backend that `dispatch` chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff import config
+from fastdiff.errors import InputError
+from fastdiff.noise import STREAM_INITIAL
+from fastdiff.ops import checks, dispatch, reference
+from fastdiff.ops.dispatch import REGISTERED, Report, report
+
+__all__ = [
+    "Report",
+    "StepOutput",
+    "add_noise",
+    "attention",
+    "explain",
+    "group_norm_silu",
+    "philox_normal",
+    "report",
+    "sampler_step",
+]
+
+_is_compiling = torch.compiler.is_compiling
+_explaining: ContextVar[bool] = ContextVar("fastdiff_explaining", default=False)
+
+
+class _Explained(Exception):
+    """Carries the explanation out of an operator that is only being asked about."""
+
+
+def _call(name: str, *args: Any) -> Any:
+    """The registered operator; inside use_backend('reference') the plain PyTorch function, which has gradients."""
+    if not _is_compiling():
+        if _explaining.get():
+            raise _Explained(dispatch.explain(name, args))
+        if config.forced_backend(name) == "reference":
+            return getattr(reference, name)(*args)
+    return REGISTERED[name](*args)
+
+
+class StepOutput(NamedTuple):
+    """What a step gives; None stands for what was not asked for."""
+
+    x: Tensor
+    history: Tensor | None
+    anchor: Tensor | None
+    model_input: Tensor | None
+
+
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    *,
+    counter: Tensor | None = None,
+    anchor: Tensor | None = None,
+    history: Sequence[Tensor] = (),
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    new_history: bool = False,
+    new_anchor: bool = False,
+    model_input: torch.dtype | None = None,
+) -> StepOutput:
+    """x' = sum_i row[NEW_X][i] * [x, m, D, anchor, hist1, hist2, hist3, noise][i], and likewise history' and anchor'.
+
+    m = uncond + g * (cond - uncond) where model_output holds two halves, else model_output itself;
+    D = clamp(ax*x + am*m, -clip, clip); model input' = input_scale * x'. The coefficients are row `row` (plus
+    `counter[0]`) of the table; `fastdiff.ops.row` names the columns. One pass over memory, float32 arithmetic.
+
+    x: (N, ...) float32, float16 or bfloat16; x' has its dtype. model_output: x's shape, or (2N, ...) = [uncond; cond];
+    contiguous or channels-last. table: (rows, 32) float32. counter: int64 (1,) on x's device, or None. anchor and
+    up to three of history, newest first: x's shape, float32. noise: x's shape, or drawn as
+    `philox_normal(seeds, step=row + counter, stream=STREAM_STEP)`. new_history, new_anchor: give those outputs
+    (float32). model_input: the dtype of the next network input, which is given twice if model_output has two halves.
+
+    A coefficient of zero means that its input is not read. A tensor that the row needs and that is missing is an
+    InputError on the CPU; on a GPU, where the table cannot be read without waiting for it, the result is NaN.
+    Source: DESIGN of fastdiff; the methods' papers are named in `fastdiff.samplers`.
+    """
+    if not x.is_contiguous():
+        x = x.contiguous()
+    checks.sampler_step(x, model_output, table, row, counter, anchor, history, noise, seeds)
+    given = len(history)
+    outputs = _call(
+        "sampler_step",
+        x,
+        model_output,
+        table,
+        row,
+        counter,
+        anchor,
+        history[0] if given > 0 else None,
+        history[1] if given > 1 else None,
+        history[2] if given > 2 else None,
+        noise,
+        seeds,
+        new_history,
+        new_anchor,
+        model_input,
+    )
+    return StepOutput(
+        outputs[0],
+        outputs[1] if new_history else None,
+        outputs[2] if new_anchor else None,
+        None if model_input is None else outputs[3],
+    )
+
+
+def add_noise(
+    x: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    step: int = 0,
+    stream: int = STREAM_INITIAL,
+) -> Tensor:
+    """alpha[n] * x[n] + sigma[n] * noise[n]: the forward process q(x_t | x_0), the noise given or drawn in place.
+
+    x: (N, ...) float32, float16 or bfloat16, contiguous or channels-last; the result has its dtype and layout.
+    alpha, sigma: (N,) float32 on x's device. Exactly one of noise (x's shape, any of the three dtypes) and seeds (int64
+    (N,)), from which the noise is `philox_normal(seeds, x.shape, step=step, stream=stream)`. float32 arithmetic.
+    Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, equation 4.
+    """
+    checks.add_noise(x, alpha, sigma, noise, seeds, step, stream)
+    layout = reference.memory_format(x)
+    if noise is not None:
+        noise = noise.contiguous(memory_format=layout)
+    return _call("add_noise", x.contiguous(memory_format=layout), alpha, sigma, noise, seeds, step, stream)
+
+
+def philox_normal(
+    seeds: Tensor,
+    shape: Sequence[int],
+    *,
+    step: int = 0,
+    stream: int = STREAM_INITIAL,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise of which sample n depends on seeds[n] only: Philox4x32-10 and Box-Muller.
+
+    Key = the 64 bits of the seed; counter = (e / 4, step, stream) with e the element's index inside the sample; the
+    words w0, w1 give r cos(2 pi u2), r sin(2 pi u2) with r = sqrt(-2 ln u1), u1 = w0 / 2^32 + 2^-33, u2 = w1 / 2^32;
+    w2, w3 give the next two. The words are equal on every backend, the normals to a few units in the last place.
+
+    seeds: int64 (N,). shape: (N, ...). step: 0 to 2^32 - 1. The result is contiguous, on seeds' device.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    checks.philox_normal(seeds, shape, step, stream, dtype)
+    return _call("philox_normal", seeds, shape, step, stream, dtype)
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    silu: bool = True,
+    addend: Tensor | None = None,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+) -> Any:
+    """y = silu((h - mean) / sqrt(var + eps) * weight + bias) with h = x + addend[n, c] + residual; y, or (y, h).
+
+    Mean and biased variance are taken over each sample's group of C / groups channels, of the unrounded h.
+
+    x: (N, C, *spatial) float32, float16 or bfloat16, contiguous or channels-last; y and h keep its dtype and layout.
+    weight, bias: (C,), x's dtype or float32. addend: (N, C), x's dtype or float32. residual: x's shape and dtype.
+    silu=False leaves the activation out. float32 arithmetic and statistics, with no cancellation for large means.
+    Source: Wu & He, "Group Normalization", 2018; Elfwing et al., "Sigmoid-Weighted Linear Units", 2017.
+    """
+    checks.group_norm_silu(x, groups, weight, bias, addend, residual)
+    layout = reference.memory_format(x)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout)
+    y, h = _call(
+        "group_norm_silu",
+        x.contiguous(memory_format=layout),
+        groups,
+        weight if weight is None else weight.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        eps,
+        silu,
+        addend if addend is None else addend.contiguous(),
+        residual,
+        return_sum,
+    )
+    return (y, h) if return_sum else y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(scale * q k^T + mask) v, for self and cross attention.
+
+    q: (B, H, Lq, D); k, v: (B, H, Lk, D); float32, float16 or bfloat16, equal; D at most 256; any strides. mask:
+    broadcastable to (B, H, Lq, Lk), bool (True = attend) or floating (added). scale: 1 / sqrt(D) unless given. A row
+    whose every key is masked gives 0. float32 softmax and accumulation.
+    The result (B, H, Lq, D) is a view of contiguous (B, Lq, H, D) memory, so that joining the heads copies nothing.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1.
+    """
+    checks.attention(q, k, v, mask)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return _call("attention", q, k, v, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
+
+
+def explain(name: str, *args: Any, **kwargs: Any) -> str:
+    """Which backend would run `ops.<name>(*args, **kwargs)`, and why each other would not; nothing is computed.
+
+    Errors: those of the operator for the same arguments; InputError for an unknown name.
+    """
+    if name not in REGISTERED:
+        raise InputError(f"explain: unknown operator {name!r}; expected one of {', '.join(REGISTERED)}")
+    token = _explaining.set(True)
+    try:
+        globals()[name](*args, **kwargs)
+    except _Explained as explained:
+        return str(explained)
+    finally:
+        _explaining.reset(token)
+    raise AssertionError("unreachable: every operator goes through _call")

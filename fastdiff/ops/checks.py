@@ -1,0 +1,195 @@
+"""Checks of the operators' arguments: each names the argument, what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError
+from fastdiff.ops.row import ROW_SIZE
+
+_FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+MAX_HEAD_DIM = 256
+
+
+def _floating(name: str, argument: str, value: Tensor) -> None:
+    if value.dtype not in _FLOATS:
+        raise InputError(f"{name}: {argument} is {value.dtype}; expected float32, float16, bfloat16 or float64")
+
+
+def _same_device(name: str, x: Tensor, **others: Tensor | None) -> None:
+    for argument, value in others.items():
+        if value is not None and value.device != x.device:
+            raise InputError(
+                f"{name}: {argument} is on {value.device}, the first tensor on {x.device}; move one of them"
+            )
+
+
+def _shape(name: str, argument: str, value: Tensor, expected: Sequence[int]) -> None:
+    if value.shape != expected:
+        raise InputError(f"{name}: {argument} has shape {tuple(value.shape)}; expected {tuple(expected)}")
+
+
+def _seeds(name: str, seeds: Tensor, samples: int) -> None:
+    if seeds.dtype != torch.int64 or seeds.dim() != 1 or seeds.shape[0] != samples:
+        raise InputError(
+            f"{name}: seeds is {seeds.dtype} of shape {tuple(seeds.shape)}; expected int64 ({samples},), one per sample"
+        )
+    if not seeds.is_contiguous():
+        raise InputError(f"{name}: seeds is not contiguous; pass seeds.contiguous()")
+
+
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    counter: Tensor | None,
+    anchor: Tensor | None,
+    history: Sequence[Tensor],
+    noise: Tensor | None,
+    seeds: Tensor | None,
+) -> None:
+    name, shape, device = "sampler_step", x.shape, x.device
+    if x.dtype not in _FLOATS or model_output.dtype not in _FLOATS:
+        _floating(name, "x", x)
+        _floating(name, "model_output", model_output)
+    if x.dim() == 0 or x.numel() == 0:
+        raise InputError(f"{name}: x has shape {tuple(shape)}; expected (N, ...) with at least one element")
+    if model_output.shape != shape and model_output.shape != (2 * shape[0], *shape[1:]):
+        raise InputError(
+            f"{name}: model_output has shape {tuple(model_output.shape)}; expected {tuple(shape)}, "
+            f"or {(2 * shape[0], *shape[1:])} = [uncond; cond]"
+        )
+    if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != ROW_SIZE or not table.is_contiguous():
+        raise InputError(
+            f"{name}: table is {table.dtype} of shape {tuple(table.shape)}; "
+            f"expected contiguous float32 (rows, {ROW_SIZE})"
+        )
+    if not 0 <= row < table.shape[0]:
+        raise InputError(f"{name}: row {row} is outside the table's {table.shape[0]} rows")
+    if model_output.device != device or table.device != device:
+        _same_device(name, x, model_output=model_output, table=table)
+    if len(history) > 3:
+        raise InputError(f"{name}: history has {len(history)} tensors; expected at most 3, newest first")
+    for value in history if anchor is None else (anchor, *history):
+        if value.shape != shape or value.device != device or not value.is_contiguous():
+            raise InputError(
+                f"{name}: anchor or history has shape {tuple(value.shape)} on {value.device}; "
+                f"expected contiguous {tuple(shape)} on {device}"
+            )
+        if value.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"{name}: anchor or history is {value.dtype}; expected float32")
+    if noise is not None:
+        _floating(name, "noise", noise)
+        _shape(name, "noise", noise, shape)
+        _same_device(name, x, noise=noise)
+    if seeds is not None:
+        _seeds(name, seeds, shape[0])
+        _same_device(name, x, seeds=seeds)
+    if counter is not None:
+        if counter.dtype != torch.int64 or counter.numel() != 1:
+            raise InputError(f"{name}: counter is {counter.dtype} of {counter.numel()} elements; expected int64 (1,)")
+        _same_device(name, x, counter=counter)
+
+
+def _word(name: str, argument: str, value: int) -> None:
+    if not 0 <= value < 2**32:
+        raise InputError(f"{name}: {argument} is {value}; expected an integer from 0 to 2^32 - 1")
+
+
+def add_noise(
+    x: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | None, seeds: Tensor | None, step: int, stream: int
+) -> None:
+    name = "add_noise"
+    _floating(name, "x", x)
+    if x.dim() == 0:
+        raise InputError(f"{name}: x has no dimensions; expected (N, ...)")
+    for argument, value in (("alpha", alpha), ("sigma", sigma)):
+        wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if value.dtype not in (torch.float32, wanted) or value.shape != x.shape[:1] or not value.is_contiguous():
+            raise InputError(
+                f"{name}: {argument} is {value.dtype} of shape {tuple(value.shape)}; "
+                f"expected contiguous float32 ({x.shape[0]},), one per sample"
+            )
+    if (noise is None) == (seeds is None):
+        raise InputError(f"{name}: expected exactly one of noise and seeds, got {'none' if noise is None else 'both'}")
+    if noise is not None:
+        _floating(name, "noise", noise)
+        _shape(name, "noise", noise, x.shape)
+    if seeds is not None:
+        _seeds(name, seeds, x.shape[0])
+    _same_device(name, x, alpha=alpha, sigma=sigma, noise=noise, seeds=seeds)
+    _word(name, "step", step)
+    _word(name, "stream", stream)
+
+
+def philox_normal(seeds: Tensor, shape: Sequence[int], step: int, stream: int, dtype: torch.dtype) -> None:
+    name = "philox_normal"
+    if dtype not in _FLOATS:
+        raise InputError(f"{name}: dtype is {dtype}; expected float32, float16, bfloat16 or float64")
+    if len(shape) == 0 or any(size < 0 for size in shape):
+        raise InputError(f"{name}: shape is {tuple(shape)}; expected (N, ...) of sizes that are not negative")
+    _seeds(name, seeds, shape[0])
+    _word(name, "step", step)
+    _word(name, "stream", stream)
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    name = "group_norm_silu"
+    _floating(name, "x", x)
+    if x.dim() < 2 or x.numel() == 0:
+        raise InputError(f"{name}: x has shape {tuple(x.shape)}; expected (N, C, ...) with at least one element")
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise InputError(f"{name}: C={channels} is not divisible by groups={groups}")
+    for argument, value, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("addend", addend, (x.shape[0], channels)),
+    ):
+        if value is not None:
+            _shape(name, argument, value, shape)
+            if value.dtype not in (x.dtype, torch.float32):
+                raise InputError(f"{name}: {argument} is {value.dtype}; expected {x.dtype} (as x) or torch.float32")
+    if residual is not None:
+        _shape(name, "residual", residual, x.shape)
+        if residual.dtype != x.dtype:
+            raise InputError(f"{name}: residual is {residual.dtype}; expected {x.dtype} (as x)")
+    _same_device(name, x, weight=weight, bias=bias, addend=addend, residual=residual)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    name = "attention"
+    for argument, value in (("q", q), ("k", k), ("v", v)):
+        _floating(name, argument, value)
+        if value.dim() != 4:
+            raise InputError(f"{name}: {argument} has shape {tuple(value.shape)}; expected (B, H, L, D)")
+        if value.dtype != q.dtype:
+            raise InputError(f"{name}: {argument} is {value.dtype}, q is {q.dtype}; expected one dtype")
+    batch, heads, length, dim = q.shape
+    if k.shape[:2] != (batch, heads) or k.shape[3] != dim:
+        raise InputError(f"{name}: k has shape {tuple(k.shape)}; expected ({batch}, {heads}, Lk, {dim}) to fit q")
+    _shape(name, "v", v, k.shape)
+    if dim > MAX_HEAD_DIM or dim < 1:
+        raise InputError(f"{name}: head dimension is {dim}; expected 1 to {MAX_HEAD_DIM}")
+    if length == 0 or k.shape[2] == 0:
+        raise InputError(f"{name}: Lq={length} and Lk={k.shape[2]}; expected at least one query and one key")
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise InputError(f"{name}: mask is {mask.dtype}; expected bool (True = attend) or a floating dtype (added)")
+        full = (batch, heads, length, k.shape[2])
+        if mask.dim() > 4 or any(
+            have not in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
+        ):
+            raise InputError(f"{name}: mask has shape {tuple(mask.shape)}; expected one broadcastable to {full}")
+    _same_device(name, q, k=k, v=v, mask=mask)

@@ -1,0 +1,150 @@
+"""Which backend runs a call, why the others do not, and the record of both."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import config
+from fastdiff.errors import BackendError, InputError
+from fastdiff.ops import native, torch_library, triton
+from fastdiff.ops.registry import OPERATORS, Backend, Operator
+
+
+class _Reference:
+    """The operator's specification as a backend of its own: it runs everything."""
+
+    name = "reference"
+
+    def __init__(self, operator: Operator) -> None:
+        self.run = operator.reference
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def supports(self, *args: Any) -> str | None:
+        return None
+
+
+def _candidates(operator: Operator) -> tuple[Backend, ...]:
+    offered = [module.BACKENDS.get(operator.name) for module in (native, triton, torch_library)]
+    return (*filter(None, offered), _Reference(operator))
+
+
+BACKENDS: dict[str, tuple[Backend, ...]] = {name: _candidates(operator) for name, operator in OPERATORS.items()}
+"""For each operator its backends, in the order of preference."""
+
+_used: Counter[tuple[str, str]] = Counter()
+_fallbacks: dict[tuple[str, str], str] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ran since the process started (or the last `report(reset=True)`).
+
+    calls: {(operator, backend): number of calls}; fallbacks: {(operator, backend passed over): reason}, for calls that
+    ended on the reference.
+    """
+
+    calls: dict[tuple[str, str], int]
+    fallbacks: dict[tuple[str, str], str]
+
+    def __str__(self) -> str:
+        lines = [f"{operator}: {backend} x {count}" for (operator, backend), count in sorted(self.calls.items())]
+        lines += [f"{operator}: not {backend}: {reason}" for (operator, backend), reason in self.fallbacks.items()]
+        return "\n".join(lines) or "no operator has run"
+
+
+def report(*, reset: bool = False) -> Report:
+    """Calls of each operator by backend, and each automatic fallback with its reason."""
+    with _lock:
+        result = Report(dict(_used), dict(_fallbacks))
+        if reset:
+            _used.clear()
+            _fallbacks.clear()
+    return result
+
+
+def choose(name: str, args: tuple[Any, ...], *, record: bool = True) -> Backend:
+    """The backend for this call. Errors: BackendError if the one that was demanded cannot run it.
+
+    Triton's interpreter is for checking kernels, not for speed: it runs only where it is demanded.
+    """
+    demanded = config.forced_backend(name)
+    if demanded is not None:
+        return _demand(name, demanded, args)
+    for backend in BACKENDS[name]:
+        if backend.supports(*args) is None and not (backend.name == "triton" and config.triton_interpreted()):
+            if backend.name == "reference" and record:
+                _record_fallback(name, args)
+            return backend
+    raise AssertionError("unreachable: the reference supports every call")
+
+
+def _demand(name: str, demanded: str, args: tuple[Any, ...]) -> Backend:
+    for backend in BACKENDS[name]:
+        if backend.name == demanded:
+            reason = backend.supports(*args)
+            if reason is None:
+                return backend
+            raise BackendError(f"{name}: backend {demanded!r} was demanded but cannot run this call: {reason}")
+    known = ", ".join(backend.name for backend in BACKENDS[name])
+    raise BackendError(f"{name}: backend {demanded!r} was demanded but the operator has only: {known}")
+
+
+def _record_fallback(name: str, args: tuple[Any, ...]) -> None:
+    for backend in BACKENDS[name][:-1]:
+        key = (name, backend.name)
+        if key in _fallbacks:
+            continue
+        reason = backend.supports(*args)
+        if reason is not None:
+            with _lock:
+                _fallbacks[key] = reason
+            if backend.name == "native":
+                warnings.warn(f"fastdiff: {name} runs on the reference, not on native code: {reason}", stacklevel=4)
+
+
+def explain(name: str, args: tuple[Any, ...]) -> str:
+    """For this call, the backend that would run it and why each other would not."""
+    chosen = choose(name, args, record=False).name
+    lines = [f"{name}: {chosen}"]
+    for backend in BACKENDS[name]:
+        if backend.name != chosen:
+            reason = backend.supports(*args) or "able, but not preferred"
+            lines.append(f"  not {backend.name}: {reason}")
+    return "\n".join(lines)
+
+
+def _call(name: str, *args: Any) -> Any:
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+        raise InputError(
+            f"{name}: an input requires grad and this operator has no gradient; "
+            "call it under torch.no_grad(), or inside fastdiff.use_backend('reference') to differentiate"
+        )
+    backend = choose(name, args)
+    _used[name, backend.name] += 1
+    return backend.run(*args)
+
+
+_library = torch.library.Library("fastdiff", "DEF")
+
+
+def _register(operator: Operator) -> Callable[..., Any]:
+    _library.define(operator.name + operator.schema)
+    _library.impl(operator.name, partial(_call, operator.name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdiff::{operator.name}", operator.fake, lib=_library)
+    return getattr(torch.ops.fastdiff, operator.name).default
+
+
+REGISTERED: dict[str, Callable[..., Any]] = {name: _register(operator) for name, operator in OPERATORS.items()}
+"""The registered operators, `torch.ops.fastdiff.<name>.default`."""

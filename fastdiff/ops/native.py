@@ -1,0 +1,102 @@
+"""The compiled backends: C++ on the CPU, CUDA C++ on an NVIDIA GPU where it is written.
+
+`csrc/register.cpp` holds the other side. Arguments were checked by the public functions; here stands only what each
+kernel can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops.registry import Backend
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ON_CUDA = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu")
+"""Operators with a CUDA C++ kernel; the others run on Triton there."""
+
+
+@cache
+def extension() -> ModuleType | str:
+    """The compiled module fastdiff._C, or why it cannot be had."""
+    try:
+        from fastdiff import _C
+    except ImportError as error:
+        return f"the compiled extension cannot be loaded ({error}); reinstall fastdiff with a C++ compiler present"
+    return _C
+
+
+def cuda_built() -> bool:
+    """Whether the extension was compiled with its CUDA kernels."""
+    module = extension()
+    return not isinstance(module, str) and bool(module.cuda_built())
+
+
+def capability() -> str:
+    """The instruction set that the CPU kernels use here: DEFAULT, AVX2 or AVX512."""
+    module = extension()
+    return "none" if isinstance(module, str) else str(module.cpu_capability())
+
+
+class _Native:
+    """A function of fastdiff._C; `limits` gives what it cannot take, beyond device and dtype."""
+
+    name = "native"
+
+    def __init__(self, operator: str, tensors: int, limits: Callable[..., str | None] | None = None) -> None:
+        self.operator, self.tensors, self.limits = operator, tensors, limits
+        self._run: Callable[..., Any] | None = None
+
+    def unavailable(self) -> str | None:
+        module = extension()
+        return module if isinstance(module, str) else None
+
+    def supports(self, *args: Any) -> str | None:
+        if self._run is None:
+            module = extension()
+            if isinstance(module, str):
+                return module
+            self._run = getattr(module, self.operator)
+        first = args[0]
+        if first.device.type == "cuda":
+            if self.operator not in ON_CUDA:
+                return "no CUDA C++ kernel is written for it; Triton runs it"
+            if not cuda_built():
+                return "the extension was built without CUDA; set FASTDIFF_CUDA=1 and reinstall"
+        elif first.device.type != "cpu":
+            return f"it runs on cpu and cuda, not on {first.device.type}"
+        for value in args[: self.tensors]:
+            if value.dtype not in DTYPES:
+                return f"it takes float32, float16 and bfloat16, not {str(value.dtype).removeprefix('torch.')}"
+        return None if self.limits is None else self.limits(*args)
+
+    def run(self, *args: Any) -> Any:
+        assert self._run is not None  # `supports` came first
+        return self._run(*args)
+
+
+def _philox_normal_limits(seeds: Tensor, shape: list[int], step: int, stream: int, dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"it draws float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _sampler_step_limits(*args: Any) -> str | None:
+    model_input = args[-1]
+    if model_input is not None and model_input not in DTYPES:
+        return f"it writes a model input of float32, float16 or bfloat16, not {model_input!s}"
+    return None
+
+
+BACKENDS: dict[str, Backend] = {
+    "sampler_step": _Native("sampler_step", 2, _sampler_step_limits),
+    "add_noise": _Native("add_noise", 1),
+    "philox_normal": _Native("philox_normal", 0, _philox_normal_limits),
+    "group_norm_silu": _Native("group_norm_silu", 1),
+    "attention": _Native("attention", 3),
+}

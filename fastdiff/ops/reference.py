@@ -1,0 +1,175 @@
+"""The specification of every operator: plain PyTorch, float32 or better inside, no tricks.
+
+Signatures are those of the registered operators. float64 inputs are computed in float64, which is how the tests get
+the truth that every backend is held to. All functions are differentiable where the mathematics is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.errors import InputError
+from fastdiff.noise import STREAM_STEP
+from fastdiff.ops.row import CLIP, GUIDANCE, INPUT_SCALE, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
+
+_MASK32 = 0xFFFFFFFF
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in the dtype that arithmetic is done in: float32, or float64 if it came so."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout outputs take from this input: channels-last if it is that and not contiguous, else contiguous."""
+    if not x.is_contiguous():
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def philox_words(seeds: Tensor, blocks: Tensor, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of key = seed and counter = (block low, step, stream, block high): four int64 tensors of words."""
+    k0, k1 = seeds & _MASK32, (seeds >> 32) & _MASK32
+    c0, c1, c2, c3 = blocks & _MASK32, torch.full_like(blocks, step), torch.full_like(blocks, stream), blocks >> 32
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
+            p1 & _MASK32,
+            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
+            p0 & _MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def philox_normal(seeds: Tensor, shape: Sequence[int], step: int, stream: int, dtype: torch.dtype) -> Tensor:
+    count = math.prod(shape[1:])
+    blocks = torch.arange((count + 3) // 4, device=seeds.device).expand(len(seeds), -1)
+    words = philox_words(seeds[:, None], blocks, step, stream)
+    normals = []
+    for radius_word, angle_word in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(radius_word.double() * 2.0**-32 + 2.0**-33))
+        angle = angle_word.double() * (2.0 * math.pi * 2.0**-32)
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    values = torch.stack(normals, dim=-1).reshape(len(seeds), -1)[:, :count].reshape(tuple(shape))
+    return values.to(torch.float32).to(dtype)
+
+
+def add_noise(
+    x: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | None, seeds: Tensor | None, step: int, stream: int
+) -> Tensor:
+    if noise is None:
+        assert seeds is not None  # checked by the public function
+        noise = philox_normal(seeds, x.shape, step, stream, torch.float32)
+    per_sample = (-1,) + (1,) * (x.dim() - 1)
+    noised = alpha.reshape(per_sample) * wide(x) + sigma.reshape(per_sample) * wide(noise)
+    return noised.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    return_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    h = wide(x)
+    if addend is not None:
+        h = h + wide(addend).reshape(*addend.shape, *(1,) * (x.dim() - 2))
+    if residual is not None:
+        h = h + wide(residual)
+    scale = None if weight is None else weight.to(h.dtype)
+    shift = None if bias is None else bias.to(h.dtype)
+    y = F.group_norm(h, groups, scale, shift, eps)
+    layout = memory_format(x)
+    y = (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=layout)
+    if not return_sum:
+        return y, x.new_empty(0)
+    total = h.to(x.dtype).contiguous(memory_format=layout)
+    return y, total.clone() if addend is None and residual is None else total
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = wide(q) @ wide(k).transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+        nothing = (scores == -math.inf).all(dim=-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    out = (weights @ wide(v).to(weights.dtype)).to(q.dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    counter: Tensor | None,
+    anchor: Tensor | None,
+    hist1: Tensor | None,
+    hist2: Tensor | None,
+    hist3: Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    new_history: bool,
+    new_anchor: bool,
+    model_input: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index = row + (0 if counter is None else int(counter))
+    c = table[index].tolist()
+    state, m = wide(x), wide(model_output)
+    copies = m.shape[0] // x.shape[0]
+    if copies == 2:
+        unconditional, conditional = m.chunk(2)
+        m = unconditional + c[GUIDANCE] * (conditional - unconditional)
+
+    blocks = [NEW_X] + [NEW_HISTORY] * new_history + [NEW_ANCHOR] * new_anchor
+    needed = {name for block in blocks for name, value in zip(INPUTS, c[block], strict=True) if value != 0.0}
+    values = {"x": state, "m": m, "anchor": anchor, "hist1": hist1, "hist2": hist2, "hist3": hist3, "noise": noise}
+    if "D" in needed:
+        prediction = combine(c[PREDICTION], (state, m), like=state)
+        values["D"] = prediction.clamp(-c[CLIP], c[CLIP])
+    if "noise" in needed and noise is None and seeds is not None:
+        values["noise"] = philox_normal(seeds, x.shape, index, STREAM_STEP, torch.float32)
+    for name in needed:
+        if values[name] is None:
+            raise InputError(
+                f"sampler_step: row {index} of the table uses {name}, which was not given; pass {name}"
+                + (" or seeds" if name == "noise" else "")
+            )
+
+    def outputs(block: slice) -> Tensor:
+        return combine(c[block], [values.get(name) for name in INPUTS], like=state)
+
+    next_x = outputs(NEW_X)
+    history = outputs(NEW_HISTORY) if new_history else state.new_empty(0)
+    new_anchors = outputs(NEW_ANCHOR) if new_anchor else state.new_empty(0)
+    if model_input is None:
+        next_input = x.new_empty(0)
+    else:
+        next_input = torch.cat([(c[INPUT_SCALE] * next_x).to(model_input)] * copies)
+    return next_x.to(x.dtype, copy=True), history, new_anchors, next_input
+
+
+def combine(coefficients: Sequence[float], inputs: Sequence[Tensor | None], *, like: Tensor) -> Tensor:
+    """sum of coefficient * input in the order given; an input whose coefficient is zero is not read."""
+    total = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    for coefficient, value in zip(coefficients, inputs, strict=True):
+        if coefficient != 0.0 and value is not None:
+            total = total + coefficient * wide(value)
+    return total

@@ -1,0 +1,107 @@
+"""The operators: schema, specification, and the shapes of their outputs. Grep a name to find its every place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops import reference
+from fastdiff.ops.reference import memory_format
+
+
+class Backend(Protocol):
+    """One implementation of one operator."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run at all in this process, or None."""
+
+    def supports(self, *args: Any) -> str | None:
+        """Why this backend cannot run this call, or None; args are those of the schema, in its order."""
+
+    def run(self, *args: Any) -> Any:
+        """The operator; called only where `supports` gave None."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A registered operator: `fastdiff::name`."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+
+
+def _fake_philox_normal(seeds: Tensor, shape: list[int], step: int, stream: int, dtype: torch.dtype) -> Tensor:
+    return seeds.new_empty(shape, dtype=dtype)
+
+
+def _fake_add_noise(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _fake_group_norm_silu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=memory_format(x))
+    return y, torch.empty_like(y) if args[-1] else x.new_empty(0)
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    batch, heads, length, dim = q.shape
+    return q.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _fake_sampler_step(x: Tensor, model_output: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new_history, new_anchor, model_input = args[-3:]
+    shape = x.shape if model_input is None else model_output.shape
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(x.shape if new_history else (0,), dtype=torch.float32),
+        x.new_empty(x.shape if new_anchor else (0,), dtype=torch.float32),
+        x.new_empty((0,) if model_input is None else shape, dtype=model_input or x.dtype),
+    )
+
+
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        Operator(
+            "sampler_step",
+            "(Tensor x, Tensor model_output, Tensor table, int row, Tensor? counter, Tensor? anchor, Tensor? hist1,"
+            " Tensor? hist2, Tensor? hist3, Tensor? noise, Tensor? seeds, bool new_history, bool new_anchor,"
+            " ScalarType? model_input) -> (Tensor, Tensor, Tensor, Tensor)",
+            reference.sampler_step,
+            _fake_sampler_step,
+        ),
+        Operator(
+            "add_noise",
+            "(Tensor x, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? seeds, int step, int stream) -> Tensor",
+            reference.add_noise,
+            _fake_add_noise,
+        ),
+        Operator(
+            "philox_normal",
+            "(Tensor seeds, SymInt[] shape, int step, int stream, ScalarType dtype) -> Tensor",
+            reference.philox_normal,
+            _fake_philox_normal,
+        ),
+        Operator(
+            "group_norm_silu",
+            "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? addend,"
+            " Tensor? residual, bool return_sum) -> (Tensor, Tensor)",
+            reference.group_norm_silu,
+            _fake_group_norm_silu,
+        ),
+        Operator(
+            "attention",
+            "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
+            reference.attention,
+            _fake_attention,
+        ),
+    )
+}

@@ -1,0 +1,71 @@
+"""The Triton backends: on a GPU, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1) when demanded.
+
+The only module that imports `fastdiff.kernels`, and only once a kernel is to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import config
+from fastdiff.ops.registry import Backend
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+@cache
+def _missing() -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+class _Triton:
+    """`fastdiff.kernels.<operator>.run`, which takes the arguments of the schema."""
+
+    name = "triton"
+
+    def __init__(self, operator: str, tensors: int, limits: Callable[..., str | None] | None = None) -> None:
+        self.operator, self.tensors, self.limits = operator, tensors, limits
+
+    def unavailable(self) -> str | None:
+        if _missing() is not None:
+            return _missing()
+        if not torch.cuda.is_available() and not config.triton_interpreted():
+            return "there is no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+        return None
+
+    def supports(self, *args: Any) -> str | None:
+        device = args[0].device.type
+        if _missing() is not None:
+            return _missing()
+        if device != "cuda" and not (device == "cpu" and config.triton_interpreted()):
+            return f"the tensors are on {device}, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+        for value in args[: self.tensors]:
+            if value.dtype not in DTYPES:
+                return f"it takes float32, float16 and bfloat16, not {str(value.dtype).removeprefix('torch.')}"
+        return None if self.limits is None else self.limits(*args)
+
+    def run(self, *args: Any) -> Any:
+        return import_module(f"fastdiff.kernels.{self.operator}").run(*args)
+
+
+def _attention_limits(q: Tensor, *_: Any) -> str | None:
+    return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}" if q.shape[-1] > MAX_HEAD_DIM else None
+
+
+BACKENDS: dict[str, Backend] = {
+    "sampler_step": _Triton("sampler_step", 2),
+    "add_noise": _Triton("add_noise", 1),
+    "philox_normal": _Triton("philox_normal", 0),
+    "group_norm_silu": _Triton("group_norm_silu", 1),
+    "attention": _Triton("attention", 3, _attention_limits),
+}
