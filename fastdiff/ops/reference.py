@@ -91,6 +91,8 @@ def group_norm_silu(
         h = h + wide(addend).reshape(*addend.shape, *(1,) * (x.dim() - 2))
     if residual is not None:
         h = h + wide(residual)
+    if not h.requires_grad:
+        h = h.contiguous()  # PyTorch 2.13 crashes in the channels-last backward of an input that needs no gradient
     scale = None if weight is None else weight.to(h.dtype)
     shift = None if bias is None else bias.to(h.dtype)
     y = F.group_norm(h, groups, scale, shift, eps)

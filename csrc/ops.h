@@ -1,0 +1,99 @@
+// Arguments of the kernels: raw pointers, sizes and strides. No torch here; csrc/register.cpp makes these from tensors.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdiff {
+
+enum class Type : int { F32, F16, BF16 };
+
+// An array of some element type; data == nullptr where an optional tensor was not given.
+struct Array {
+  void* data = nullptr;
+  Type type = Type::F32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Dense samples (N, count). A channels-last array has inner == C, and element c * (count / C) + s of the logical order
+// lies at s * C + c; inner == 1 means the logical order itself.
+struct StepArgs {
+  int64_t samples, count;
+  int64_t model_output_inner;
+  bool guided;  // model_output holds [uncond; cond]
+  Array x, model_output, noise, anchor, hist1, hist2, hist3;  // anchor and history float32
+  const int64_t* seeds;
+  const float* table;  // on the device of x
+  int64_t row, rows;
+  const int64_t* counter;  // on the device of x, or nullptr
+  Array new_x, new_history, new_anchor, model_input;
+  int threads;
+};
+
+struct NoiseArgs {  // philox_normal, and add_noise where x is given
+  int64_t samples, count;
+  int64_t inner;  // layout of x, noise and out, as in StepArgs
+  Array x, noise;
+  const float *alpha, *sigma;
+  const int64_t* seeds;
+  uint32_t step, stream;
+  Array out;
+  int threads;
+};
+
+struct GroupNormArgs {
+  int64_t samples, channels, spatial, groups;
+  bool channels_last, silu;
+  float eps;
+  Array x, weight, bias, addend, residual;  // weight, bias (C); addend (N, C); residual as x
+  Array y, sum;
+  int threads;
+};
+
+struct AttentionArgs {
+  int64_t batch, heads, queries, keys, dim;
+  float scale;
+  Array q, k, v, out;                                         // one type; last dimension has stride 1
+  int64_t q_strides[3], k_strides[3], v_strides[3];           // batch, head, position
+  Array mask;                                                 // float32, added; bool masks come as mask_bool
+  const bool* mask_bool;
+  int64_t mask_strides[4];                                    // batch, head, query, key; 0 where broadcast
+  int threads;                                                // out is contiguous (batch, queries, heads, dim)
+};
+
+namespace cpu {
+
+#ifdef FASTDIFF_X86
+#define FASTDIFF_CAPABILITIES(DO) DO(DEFAULT) DO(AVX2) DO(AVX512)
+#else
+#define FASTDIFF_CAPABILITIES(DO) DO(DEFAULT)
+#endif
+
+// Each csrc/cpu/*.cpp is compiled once per capability and defines its kernel in the namespace of that name. A kernel
+// returns nullptr, or a message on what is missing.
+#define FASTDIFF_DECLARE(CAPABILITY)                 \
+  namespace CAPABILITY {                             \
+  const char* sampler_step(const StepArgs& args);    \
+  void add_noise(const NoiseArgs& args);             \
+  void philox_normal(const NoiseArgs& args);         \
+  void group_norm_silu(const GroupNormArgs& args);   \
+  void attention(const AttentionArgs& args);         \
+  }
+FASTDIFF_CAPABILITIES(FASTDIFF_DECLARE)
+#undef FASTDIFF_DECLARE
+
+}  // namespace cpu
+
+#ifdef FASTDIFF_CUDA
+namespace cuda {
+
+// Each csrc/cuda/*.cu defines its launcher; `stream` is a cudaStream_t.
+void sampler_step(const StepArgs& args, void* stream);
+void add_noise(const NoiseArgs& args, void* stream);
+void philox_normal(const NoiseArgs& args, void* stream);
+void group_norm_silu(const GroupNormArgs& args, void* stream, void* workspace);
+int64_t group_norm_silu_workspace(const GroupNormArgs& args);  // bytes
+
+}  // namespace cuda
+#endif
+
+}  // namespace fastdiff
