@@ -1,0 +1,87 @@
+"""Samplers as tables: `build` computes every coefficient of a method once, in float64; `fastdiff.run` applies them."""
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from fastdiff import parameterization
+from fastdiff.errors import InputError
+from fastdiff.samplers import ddim, ddpm, dpmpp, euler, flow, grid, heun
+from fastdiff.samplers.grid import GRID_OPTIONS, Grid
+from fastdiff.samplers.table import MethodInfo, Problem, StepTable
+from fastdiff.schedules import Schedule
+
+__all__ = ["GRID_OPTIONS", "Grid", "MethodInfo", "StepTable", "build", "find", "methods"]
+
+_METHODS: Mapping[str, MethodInfo] = MappingProxyType(
+    {
+        info.name: info
+        for info in (
+            ddpm.INFO,
+            ddim.INFO,
+            euler.EULER,
+            euler.EULER_ANCESTRAL,
+            heun.INFO,
+            dpmpp.DPMPP_2M,
+            dpmpp.DPMPP_2M_SDE,
+            flow.INFO,
+        )
+    }
+)
+
+
+def methods() -> Mapping[str, MethodInfo]:
+    """Every method by name."""
+    return _METHODS
+
+
+def find(method: str) -> MethodInfo:
+    """The method of that name; InputError with near names if there is none."""
+    if method in _METHODS:
+        return _METHODS[method]
+    near = difflib.get_close_matches(str(method).lower().replace("-", "_"), _METHODS, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(_METHODS)}"
+    raise InputError(f"method: no method {method!r}; {hint}")
+
+
+def build(
+    method: str,
+    *,
+    schedule: Schedule,
+    steps: int,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    **options: Any,
+) -> StepTable:
+    """The StepTable of a method: one row of coefficients per model evaluation.
+
+    schedule    the one the network was trained on (`fastdiff.schedules`)
+    steps       1 to schedule.steps
+    prediction  what the network gives: "epsilon", "v" or "sample" on a VP schedule, "flow" or "sample" on a flow one
+    clip        bound of the data prediction's absolute value, or None
+    options     the method's own (`methods()[name].options`) and the grid's (`fastdiff.samplers.grid.GridOptions`)
+
+    Errors: InputError for an unknown method or option, steps out of range, a prediction or method that does not fit
+    the schedule.
+    """
+    info = find(method)
+    if not isinstance(schedule, Schedule):
+        raise InputError(
+            f"schedule: expected a Schedule, got {schedule!r}; use fastdiff.schedules.cosine(1000) or another"
+        )
+    parameterization.check(prediction, schedule)
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
+        raise InputError(f"clip: expected a positive number or None, got {clip!r}")
+    for name in options:
+        if name not in info.options and name not in GRID_OPTIONS:
+            raise _unknown_option(info, name)
+    points = grid.build(schedule, steps, grid.options_from(options))
+    return info.rows(Problem(schedule, points, prediction, clip), **options)
+
+
+def _unknown_option(info: MethodInfo, name: str) -> InputError:
+    known = (*info.options, *GRID_OPTIONS)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    return InputError(f"{info.name}: no option {name!r}; {hint}")
