@@ -76,6 +76,8 @@ def build(
     for name in options:
         if name not in info.options and name not in GRID_OPTIONS:
             raise _unknown_option(info, name)
+    if options.get("spacing") is None:
+        options = {**info.grid, **{name: value for name, value in options.items() if name != "spacing"}}
     points = grid.build(schedule, steps, grid.options_from(options))
     return info.rows(Problem(schedule, points, prediction, clip), **options)
 

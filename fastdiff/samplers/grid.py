@@ -10,6 +10,7 @@ from fastdiff.errors import InputError
 from fastdiff.schedules import Array, Schedule, shift_time, vp_from_ratio
 
 FINAL_SIGMAS = ("zero", "schedule")
+LARGEST_SIGMA = 80.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class GridOptions:
     steps_offset    added to every timestep of "leading". Default 0.
     interpolation   between training timesteps: "log" (k-diffusion, default) or "linear" (diffusers).
     sigma_min, sigma_max   ends of "karras" and "exponential", as sigma/alpha; for a flow schedule also of "linspace",
-                    as u. Default: those of the schedule.
+                    as u. Default: those of the schedule, but at most sigma/alpha = 80 (Karras et al. 2022, table 1;
+                    above it, as in the last timesteps of the cosine schedule, no signal is left to see).
     rho             of "karras". Default 7.
     final_sigma     "zero": the last step ends at the data (default); "schedule": at the schedule's cleanest timestep.
     """
@@ -137,7 +139,7 @@ def _even_levels(schedule: Schedule, steps: int, options: GridOptions, spacing: 
     flow = schedule.kind == "flow"
     ratios = np.array([1.0 / schedule.steps, 1.0]) if flow else schedule.noise_ratios
     low = _level("sigma_min", options.sigma_min, float(ratios[0]))
-    high = _level("sigma_max", options.sigma_max, float(ratios[-1]))
+    high = _level("sigma_max", options.sigma_max, min(float(ratios[-1]), LARGEST_SIGMA))
     if not low < high or (flow and high > 1.0):
         raise InputError(f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
     endpoint = _endpoint(options, True)

@@ -35,7 +35,7 @@ class MethodInfo:
     evaluations_per_step   how often the network is called in a step (Heun's last step to sigma = 0 takes one)
     history                how many earlier data predictions a step reads
     options                the method's own options and their defaults; `grid.GRID_OPTIONS` fit every method
-    grid                   the grid's options where the caller names no spacing; what is not here is `GridOptions`' default
+    grid                   the grid's options where the caller names no spacing
     diffusers              what to pass to `build` for the numbers of that diffusers class with its own defaults
     """
 
