@@ -1,0 +1,224 @@
+"""The U-Net's configuration: the keys and defaults of diffusers' UNet2DModel and UNet2DConditionModel, checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from fastdiff.errors import InputError
+
+PLAIN = "UNet2DModel"
+CONDITIONAL = "UNet2DConditionModel"
+
+_COMMON: dict[str, Any] = {
+    "sample_size": None,
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1.0,
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "attention_head_dim": 8,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+}
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    PLAIN: {
+        **_COMMON,
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [224, 448, 672, 896],
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "attn_norm_num_groups": None,
+        "add_attention": True,
+        "num_train_timesteps": None,
+    },
+    CONDITIONAL: {
+        **_COMMON,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [320, 640, 1280, 1280],
+        "only_cross_attention": False,
+        "mid_block_only_cross_attention": None,
+        "cross_attention_dim": 1280,
+        "cross_attention_norm": None,
+        "dual_cross_attention": False,
+        "attention_type": "default",
+        "upcast_attention": False,
+        "num_attention_heads": None,
+        "transformer_layers_per_block": 1,
+        "reverse_transformer_layers_per_block": None,
+        "use_linear_projection": False,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "addition_embed_type": None,
+        "addition_embed_type_num_heads": 64,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
+        "class_embeddings_concat": False,
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "time_cond_proj_dim": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+    },
+}
+
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "cross_attention_norm": (None,),
+    "dual_cross_attention": (False,),
+    "attention_type": ("default",),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "addition_embed_type": (None, "text_time"),
+    "resnet_skip_time_act": (False,),
+    "time_embedding_act_fn": (None, "silu", "swish", "gelu", "mish", "relu"),
+    "timestep_post_act": (None, "silu", "swish", "gelu", "mish", "relu"),
+}
+
+_SUPPORTED_OF: dict[str, dict[str, tuple[Any, ...]]] = {
+    PLAIN: {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "mid_block_type": ("UNetMidBlock2D", None),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "class_embed_type": (None, "timestep", "identity"),
+        "time_embedding_type": ("positional", "fourier", "learned"),
+    },
+    CONDITIONAL: {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
+        "time_embedding_type": ("positional", "fourier"),
+    },
+}
+
+_NEEDS: dict[str, dict[str, str]] = {
+    "class_embed_type": {
+        "projection": "projection_class_embeddings_input_dim",
+        "simple_projection": "projection_class_embeddings_input_dim",
+    },
+    "encoder_hid_dim_type": {"text_proj": "encoder_hid_dim"},
+    "time_embedding_type": {"learned": "num_train_timesteps"},
+}
+
+
+def complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole configuration, plain data that JSON can hold; `_class_name` says which of the two layouts it is.
+
+    Without `_class_name` the layout is UNet2DConditionModel exactly if a key or block of cross-attention is present.
+    Errors: InputError that names the key, its value, and what is supported.
+    """
+    layout = given.get("_class_name") or _guess(given)
+    if layout not in _DEFAULTS:
+        raise InputError(f"UNet: _class_name={layout!r} is not supported; expected {PLAIN!r} or {CONDITIONAL!r}")
+    known = {key: value for key, value in given.items() if not key.startswith("_")}
+    for key in known:
+        if key not in _DEFAULTS[layout]:
+            near = difflib.get_close_matches(key, _DEFAULTS[layout], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"UNet: {key}={known[key]!r} is not a configuration key of {layout}{hint}")
+    config = {key: _plain(value) for key, value in {**_DEFAULTS[layout], **known}.items()}
+    for key in ("down_block_types", "up_block_types"):
+        # Early configurations call the blocks UNetResDownBlock2D and so on.
+        config[key] = [kind.removeprefix("UNetRes") for kind in config[key]]
+    if layout == CONDITIONAL and config["encoder_hid_dim"] is not None:
+        config["encoder_hid_dim_type"] = config["encoder_hid_dim_type"] or "text_proj"
+    _check_values(config, layout)
+    _check_lengths(config)
+    return {"_class_name": layout, **config}
+
+
+def per_stage(config: Mapping[str, Any]) -> SimpleNamespace:
+    """The configuration as attributes, with one entry per stage where a single value stands for all stages."""
+    c = SimpleNamespace(**config)
+    stages = len(c.block_out_channels)
+    for key in ("layers_per_block", "attention_head_dim"):
+        setattr(c, key, spread(config[key], stages))
+    if config["_class_name"] == CONDITIONAL:
+        # What the library calls attention_head_dim is, in its cross-attention blocks, the number of heads.
+        heads = config["num_attention_heads"]
+        c.num_attention_heads = spread(config["attention_head_dim"] if heads is None else heads, stages)
+        for key in ("cross_attention_dim", "only_cross_attention", "transformer_layers_per_block"):
+            setattr(c, key, spread(config[key], stages))
+    return c
+
+
+def spread(value: Any, count: int) -> list[Any]:
+    """A list as it is; anything else `count` times."""
+    return value if isinstance(value, list) else [value] * count
+
+
+def _guess(given: Mapping[str, Any]) -> str:
+    blocks = [*given.get("down_block_types", ()), *given.get("up_block_types", ()), given.get("mid_block_type")]
+    crossed = "cross_attention_dim" in given or any("CrossAttn" in str(block) for block in blocks)
+    return CONDITIONAL if crossed else PLAIN
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _check_values(config: Mapping[str, Any], layout: str) -> None:
+    for key, supported in {**_SUPPORTED, **_SUPPORTED_OF[layout]}.items():
+        if key not in config:
+            continue
+        for value in config[key] if key.endswith("_types") else [config[key]]:
+            if value not in supported:
+                names = ", ".join(repr(item) for item in supported)
+                raise InputError(f"UNet: {key}={value!r} is not supported; expected one of {names}")
+    for key, needs in _NEEDS.items():
+        other = needs.get(config.get(key))  # type: ignore[arg-type]
+        if other is not None and config[other] is None:
+            raise InputError(f"UNet: {key}={config[key]!r} needs {other}, which is None")
+    if config.get("addition_embed_type") == "text_time":
+        for other in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if config[other] is None:
+                raise InputError(f"UNet: addition_embed_type='text_time' needs {other}, which is None")
+
+
+def _check_lengths(config: Mapping[str, Any]) -> None:
+    stages = len(config["block_out_channels"])
+    for key in (
+        "down_block_types",
+        "up_block_types",
+        "layers_per_block",
+        "attention_head_dim",
+        "num_attention_heads",
+        "cross_attention_dim",
+        "only_cross_attention",
+        "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block",
+    ):
+        value = config.get(key)
+        if isinstance(value, list) and len(value) != stages:
+            raise InputError(
+                f"UNet: {key} has {len(value)} entries; expected {stages}, one for each of block_out_channels"
+            )
+    groups = config["norm_num_groups"]
+    for channels in config["block_out_channels"]:
+        if not isinstance(groups, int) or groups < 1 or channels % groups:
+            raise InputError(f"UNet: block_out_channels={channels} is not divisible by norm_num_groups={groups}")
