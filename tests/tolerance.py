@@ -1,4 +1,4 @@
-"""The one tolerance rule: at most twice plain PyTorch's error to the float64 truth, plus one ulp at the output's scale."""
+"""The one tolerance rule: at most twice the error of plain PyTorch to the float64 truth, plus one ulp at its scale."""
 
 from __future__ import annotations
 
