@@ -1,0 +1,145 @@
+"""Our tables beside diffusers' schedulers: the same state, network output and noise for both, step by step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff import ops, samplers, schedules
+from fastdiff.ops.row import INPUT_SCALE, INPUTS, NEW_X, PREDICTION
+from fastdiff.parameterization import target
+from fastdiff.samplers import StepTable
+from fastdiff.schedules import Schedule
+
+SHAPE = (2, 3, 8, 8)
+ROUNDING = 2.0**-24
+SCHEDULES = {
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample", "flow": "flow_prediction"}
+CLASSES = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "flow_euler": "FlowMatchEulerDiscreteScheduler",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What both sides gave for one row; bound is the relative error that float32 leaves room for."""
+
+    ours: Tensor
+    theirs: Tensor
+    input_error: float
+    bound: float
+
+    @property
+    def error(self) -> float:
+        return relative(self.ours, self.theirs)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def scheduler_for(method: str, schedule: str, prediction: str, **config: Any) -> Any:
+    """diffusers' class for the method, with its own defaults but for `config`."""
+    if method == "flow_euler":
+        return diffusers.FlowMatchEulerDiscreteScheduler(1000, **config)
+    if method == "dpmpp_2m_sde":
+        config = {"algorithm_type": "sde-dpmsolver++", **config}
+    options = {**SCHEDULES[schedule], "prediction_type": PREDICTIONS[prediction], **config}
+    return getattr(diffusers, CLASSES[method])(1000, **options)
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """Their own float32 schedule, value for value, so that only the steps are compared."""
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return schedules.flow(1000, shift=scheduler.config.shift)
+    return schedules.custom(scheduler.alphas_cumprod.double().numpy())
+
+
+def table_for(method: str, scheduler: Any, prediction: str, steps: int, **options: Any) -> StepTable:
+    """Our table with the options that stand for the class's defaults, but for `options`."""
+    defaults = {**samplers.methods()[method].diffusers, **options}
+    return samplers.build(method, schedule=schedule_of(scheduler), steps=steps, prediction=prediction, **defaults)
+
+
+def network(schedule: Schedule, prediction: str, x: Tensor, t: float) -> Tensor:
+    """A network whose data prediction is bounded, wavy, and beyond [-1, 1] in places, as a real one's is."""
+    alpha, sigma = (float(value) for value in schedule.at(t))
+    clean = (1.2 * torch.tanh(1.5 * alpha * x / (alpha**2 + 0.3) + 0.3 * torch.sin(3.0 * x))).double()
+    c0, c1 = target(prediction, alpha, sigma)
+    return (c0 * clean + c1 * (x.double() - alpha * clean) / sigma).float()
+
+
+def compare(table: StepTable, scheduler: Any, **step_options: Any) -> Iterator[Step]:
+    """Each row of ours beside each call of theirs, both from their state, their network output and their noise."""
+    schedule, generator, twin = schedule_of(scheduler), *(torch.Generator().manual_seed(7) for _ in range(2))
+    if "generator" in scheduler.step.__code__.co_varnames:
+        step_options["generator"] = generator
+    rows, noise = table.tensor(), torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    assert relative(table.init_scale * noise, x) < 1e-6
+    anchor, history, scale, sizes = None, (), table.first_input_scale, {}
+    for index, t in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        input_error = relative(scale * x, model_input)
+        m = network(schedule, table.prediction, model_input, float(t))
+        before = generator.get_state()
+        theirs = scheduler.step(m, t, x, **step_options).prev_sample
+        drew = not torch.equal(before, generator.get_state())
+        drawn = torch.randn(SHAPE, generator=twin) if drew else torch.full(SHAPE, torch.nan)
+        use = table.use(index)
+        given = {"anchor": anchor if use.anchor else None, "history": history[: use.history], "noise": drawn}
+        wanted = {"new_history": use.new_history, "new_anchor": use.new_anchor}
+        step = ops.sampler_step(x, m, rows, index, **given, **wanted)
+        sizes = _sizes(table.rows[index], x, m, anchor, sizes.get("D", 0.0))
+        bound = 1e-5 + 4.0 * ROUNDING * _amplification(table.rows[index], sizes, theirs)
+        yield Step(step.x, theirs, input_error, bound)
+        history = history if step.history is None else (step.history, *history[:2])
+        anchor = anchor if step.anchor is None else step.anchor
+        x, scale = theirs, table.rows[index][INPUT_SCALE]
+
+
+def _sizes(row, x: Tensor, m: Tensor, anchor: Tensor | None, last_data: float) -> dict[str, float]:
+    """Norms of a row's inputs; a data prediction counts as the sum of the terms that made it."""
+    ax, am = (abs(float(value)) for value in row[PREDICTION])
+    sizes = {"x": float(x.norm()), "m": float(m.norm()), "hist1": last_data}
+    sizes["anchor"] = 0.0 if anchor is None else float(anchor.norm())
+    return sizes | {"D": ax * sizes["x"] + am * sizes["m"]}
+
+
+def _amplification(row, sizes: dict[str, float], result: Tensor) -> float:
+    """How much larger than the result the terms are that cancel in it: a float32 rounding of each grows by that.
+
+    It is near 1 but where a step crosses orders of magnitude of noise (the first ones of the cosine schedule, whose
+    sigma / alpha starts at 20000), or where epsilon is divided by a small alpha.
+    """
+    terms = sum(abs(float(c)) * sizes.get(name, 0.0) for name, c in zip(INPUTS, row[NEW_X], strict=True))
+    return (sizes["x"] + terms) / float(result.norm())
+
+
+def assert_parity(table: StepTable, scheduler: Any, *, steps: int | None = None, **step_options: Any) -> None:
+    """Timesteps, network inputs and states agree at every step."""
+    scheduler.set_timesteps(table.steps if steps is None else steps)
+    np.testing.assert_allclose(table.timesteps, scheduler.timesteps.numpy(), rtol=1e-6, atol=1e-4)
+    for index, step in enumerate(compare(table, scheduler, **step_options)):
+        assert step.input_error < 1e-6, f"row {index}: network input off by {step.input_error:.1e}"
+        assert step.error < step.bound, f"row {index}: relative error {step.error:.1e}, bound {step.bound:.1e}"
+
+
+def differs(table: StepTable, scheduler: Any, **step_options: Any) -> list[int]:
+    """The rows at which the two sides differ by more than float32 explains."""
+    return [i for i, step in enumerate(compare(table, scheduler, **step_options)) if step.error > step.bound]
