@@ -84,6 +84,20 @@ Capability capability() {
   throw py::error_already_set();
 }
 
+// Here the table and the counter can be read, so that a wrong one is an error.
+void step_on_cpu(const StepArgs& args) {
+  const int64_t index = args.row + (args.counter ? *args.counter : 0);
+  if (index < 0 || index >= args.rows) {
+    input_error("sampler_step: row + counter = " + std::to_string(index) + " is outside the table's " +
+                std::to_string(args.rows) + " rows");
+  }
+  if (const char* missing = ON_CPU(sampler_step, args)) {
+    const std::string name = missing;
+    input_error("sampler_step: row " + std::to_string(index) + " of the table uses " + name +
+                ", which was not given; pass " + name + (name == "noise" ? " or seeds" : ""));
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
     const Tensor& x, const Tensor& model_output, const Tensor& table, int64_t row, const OptionalTensor& counter,
     const OptionalTensor& anchor, const OptionalTensor& hist1, const OptionalTensor& hist2,
@@ -121,11 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
   if (model_input) args.model_input = array(next_input);
   args.threads = at::get_num_threads();
 
-  LAUNCH(sampler_step, x, args)
-  if (const char* missing = ON_CPU(sampler_step, args)) {
-    input_error("sampler_step: row " + std::to_string(row + (counter ? *args.counter : 0)) + " of the table uses " +
-                missing + ", which was not given; pass " + missing);
-  }
+  LAUNCH(sampler_step, x, args) step_on_cpu(args);
   return {next_x, history, next_anchor, next_input};
 }
 

@@ -133,6 +133,8 @@ def sampler_step(
     model_input: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index = row + (0 if counter is None else int(counter))
+    if not 0 <= index < len(table):
+        raise InputError(f"sampler_step: row + counter = {index} is outside the table's {len(table)} rows")
     c = table[index].tolist()
     state, m = wide(x), wide(model_output)
     copies = m.shape[0] // x.shape[0]
