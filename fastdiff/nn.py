@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.errors import InputError
+from fastdiff.ops.checks import MAX_HEAD_DIM
 
 
 class GroupNormSiLU(nn.Module):
@@ -66,6 +67,8 @@ class Attention(nn.Module):
         super().__init__()
         inner = heads * head_dim
         source = channels if context_channels is None else context_channels
+        # The operator stops at MAX_HEAD_DIM; one head over 512 channels occurs in early pixel models.
+        self._attend = ops.attention if head_dim <= MAX_HEAD_DIM else _plain_attention
         self.heads = heads
         self.to_q = nn.Linear(channels, inner, bias=bias)
         self.to_k = nn.Linear(source, inner, bias=bias)
@@ -78,7 +81,7 @@ class Attention(nn.Module):
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        joined = ops.attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)
+        joined = self._attend(q, k, v, mask=mask).transpose(1, 2).flatten(2)
         return self.to_out[0](joined)
 
 
@@ -95,3 +98,7 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
