@@ -87,7 +87,7 @@ def build(schedule: Schedule, steps: int, options: GridOptions) -> Grid:
     place, used = spacings[spacing]
     _check_used(spacing, used, options)
     grid = place(schedule, steps, options, spacing)
-    _check_falling(grid, steps, schedule, options)
+    _check_points(grid, steps, schedule, options)
     return grid
 
 
@@ -97,20 +97,20 @@ def _check_used(spacing: str, used: tuple[str, ...], options: GridOptions) -> No
             raise InputError(f"{name}: has no effect with spacing={spacing!r}; leave it out")
 
 
-def _check_falling(grid: Grid, steps: int, schedule: Schedule, options: GridOptions) -> None:
+def _check_points(grid: Grid, steps: int, schedule: Schedule, options: GridOptions) -> None:
+    low, high = min(schedule.timesteps[0], 0.0), schedule.timesteps[-1]
+    if np.any(grid.timesteps > high) or np.any(grid.timesteps < low):
+        raise InputError(
+            f"steps_offset: the timesteps start at {grid.timesteps[0]:g}, outside the schedule's {low:g} to {high:g}; "
+            "take a smaller offset or fewer steps"
+        )
     ratios = grid.noise_ratios
     # endpoint=True on request repeats the end of the range as the final point: diffusers' "sigma_min" convention.
     inner = ratios[:-1] if options.endpoint and options.final_sigma == "schedule" else ratios
-    if np.any(np.diff(inner) >= 0) or ratios[-1] > ratios[-2] or np.isnan(ratios).any():
+    if np.isnan(ratios).any() or np.any(np.diff(inner) >= 0) or ratios[-1] > ratios[-2]:
         raise InputError(
-            f"steps: {steps} steps on a schedule of {schedule.steps} timesteps leave a step of no length with "
-            f"{options}; take fewer steps or other options"
-        )
-    low, high = schedule.timesteps[0], schedule.timesteps[-1]
-    if np.any(grid.timesteps[:-1] > high) or np.any(grid.timesteps[:-1] < min(low, 0.0)):
-        raise InputError(
-            f"steps_offset: the timesteps run from {grid.timesteps[0]:g}, outside the schedule's {low:g} to {high:g}; "
-            "take fewer steps or a smaller offset"
+            f"steps: {steps} steps do not fit between the {schedule.steps} timesteps of the schedule with these grid "
+            "options; take fewer steps, integer=False, or final_sigma='zero'"
         )
 
 
@@ -126,7 +126,7 @@ def _even_timesteps(schedule: Schedule, steps: int, options: GridOptions, spacin
     elif spacing == "linspace":
         t = np.linspace(last, 0.0, count)
     else:
-        t = length - np.arange(steps) * (length / steps)
+        t = length * np.arange(steps, 0, -1) / steps
     t = np.round(t) if whole else t
     t = t - 1.0 if spacing == "trailing" else t[:steps]
     alphas, sigmas = schedule.at(t, interpolation=options.interpolation or "log")

@@ -20,6 +20,7 @@ CASES = {
     "dpmpp_2m-flow": (FLOW, "flow", 2, {"lower_order_final": False}),
     "dpmpp_2m_sde-eta0": (VP, "v", 2, {"eta": 0.0, "lower_order_final": False}),
     "flow_euler": (FLOW, "flow", 1, {}),
+    "flow_euler-sample": (FLOW, "sample", 1, {}),
 }
 
 
