@@ -116,6 +116,15 @@ _SUPPORTED_OF: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 
+_PER_STAGE = (
+    "layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "only_cross_attention",
+    "transformer_layers_per_block",
+)
+
 _NEEDS: dict[str, dict[str, str]] = {
     "class_embed_type": {
         "projection": "projection_class_embeddings_input_dim",
@@ -153,17 +162,17 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def per_stage(config: Mapping[str, Any]) -> SimpleNamespace:
-    """The configuration as attributes, with one entry per stage where a single value stands for all stages."""
-    c = SimpleNamespace(**config)
-    stages = len(c.block_out_channels)
-    for key in ("layers_per_block", "attention_head_dim"):
-        setattr(c, key, spread(config[key], stages))
-    if config["_class_name"] == CONDITIONAL:
-        # What the library calls attention_head_dim is, in its cross-attention blocks, the number of heads.
-        heads = config["num_attention_heads"]
-        c.num_attention_heads = spread(config["attention_head_dim"] if heads is None else heads, stages)
-        for key in ("cross_attention_dim", "only_cross_attention", "transformer_layers_per_block"):
-            setattr(c, key, spread(config[key], stages))
+    """The configuration as attributes, with one entry per stage where a single value stands for all stages.
+
+    A key that only the other layout has takes its default there, which leaves the thing out.
+    """
+    c = SimpleNamespace(**{**_DEFAULTS[PLAIN], **_DEFAULTS[CONDITIONAL], **config})
+    c.conditional = config["_class_name"] == CONDITIONAL
+    # What the library calls attention_head_dim is, in its cross-attention blocks, the number of heads.
+    c.num_attention_heads = c.attention_head_dim if c.num_attention_heads is None else c.num_attention_heads
+    for key in _PER_STAGE:
+        setattr(c, key, spread(getattr(c, key), len(c.block_out_channels)))
+    c.crossed = any("CrossAttn" in str(kind) for kind in (c.mid_block_type, *c.down_block_types, *c.up_block_types))
     return c
 
 
@@ -202,17 +211,7 @@ def _check_values(config: Mapping[str, Any], layout: str) -> None:
 
 def _check_lengths(config: Mapping[str, Any]) -> None:
     stages = len(config["block_out_channels"])
-    for key in (
-        "down_block_types",
-        "up_block_types",
-        "layers_per_block",
-        "attention_head_dim",
-        "num_attention_heads",
-        "cross_attention_dim",
-        "only_cross_attention",
-        "transformer_layers_per_block",
-        "reverse_transformer_layers_per_block",
-    ):
+    for key in ("down_block_types", "up_block_types", "reverse_transformer_layers_per_block", *_PER_STAGE):
         value = config.get(key)
         if isinstance(value, list) and len(value) != stages:
             raise InputError(

@@ -19,11 +19,11 @@ from fastdiff.nn import GroupNormSiLU
 
 
 class UNet(nn.Module):
-    """UNet(**config)(sample, timestep, encoder_hidden_states) -> a tensor shaped like the sample.
+    """UNet(**config)(sample, timestep, encoder_hidden_states) -> a tensor (N, out_channels, H, W).
 
     The configuration's keys, their defaults and the parameters' names are those of diffusers 0.42; `config` holds all
     of them. `_class_name` chooses the layout ("UNet2DModel" or "UNet2DConditionModel"); left out, it follows from the
-    keys. Made in evaluation mode or not as any module; to train, run it inside `fastdiff.use_backend("reference")`.
+    keys. To train it, call it inside `fastdiff.use_backend("reference")`, where the operators have gradients.
 
     Errors: InputError for a key, value or combination that is not supported, named in the message.
     Source: Ho et al. 2020, appendix B; Dhariwal and Nichol 2021; Rombach et al. 2022.
@@ -32,26 +32,23 @@ class UNet(nn.Module):
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self.config = configuration.complete(config)
-        c = configuration.per_stage(self.config)
-        self._conditional = self.config["_class_name"] == configuration.CONDITIONAL
-        self._add_embeddings(c)
-        time_channels = self.time_embedding.linear_2.out_features
+        self._c = c = configuration.per_stage(self.config)
+        time_channels = self._add_embeddings(c)
         self._resnet = ResnetSettings(
-            time_channels=2 * time_channels if getattr(c, "class_embeddings_concat", False) else time_channels,
+            time_channels=2 * time_channels if c.class_embeddings_concat else time_channels,
             groups=c.norm_num_groups,
             eps=c.norm_eps,
             dropout=c.dropout,
             scale_shift=c.resnet_time_scale_shift == "scale_shift",
         )
         first, last = c.block_out_channels[0], c.block_out_channels[-1]
-        kernel_in, kernel_out = getattr(c, "conv_in_kernel", 3), getattr(c, "conv_out_kernel", 3)
-        self.conv_in = nn.Conv2d(c.in_channels, first, kernel_in, padding=(kernel_in - 1) // 2)
+        self.conv_in = nn.Conv2d(c.in_channels, first, c.conv_in_kernel, padding=(c.conv_in_kernel - 1) // 2)
         self.down_blocks = nn.ModuleList(self._down_stage(c, stage) for stage in range(len(c.block_out_channels)))
         self.mid_block = None if c.mid_block_type is None else self._mid_stage(c, last)
         self.up_blocks = nn.ModuleList(self._up_stage(c, stage) for stage in range(len(c.block_out_channels)))
         self._up_layers = [layers + 1 for layers in reversed(c.layers_per_block)]
         self.conv_norm_out = GroupNormSiLU(c.norm_num_groups, first, eps=c.norm_eps)
-        self.conv_out = nn.Conv2d(first, c.out_channels, kernel_out, padding=(kernel_out - 1) // 2)
+        self.conv_out = nn.Conv2d(first, c.out_channels, c.conv_out_kernel, padding=(c.conv_out_kernel - 1) // 2)
 
     def forward(
         self,
@@ -75,18 +72,17 @@ class UNet(nn.Module):
         attention_mask, encoder_attention_mask: (N, keys), 1 = attend, 0 = leave out.
         The additional residuals are a ControlNet's, added to the stored maps and after the middle block.
         """
-        self._check_input(sample, encoder_hidden_states)
-        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        t = self._check_input(sample, timestep, encoder_hidden_states)
         embedding = self._embed(t, class_labels, timestep_cond, added_cond_kwargs or {})
         # Every residual block begins its time projection with this activation: once is enough.
         time = F.silu(embedding)
-        if hasattr(self, "encoder_hid_proj"):
+        if self._c.encoder_hid_dim_type is not None:
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
         context = Context(
             encoder_hidden_states, _as_bias(attention_mask, sample), _as_bias(encoder_attention_mask, sample)
         )
 
-        x = self.conv_in(2 * sample - 1 if self.config["center_input_sample"] else sample)
+        x = self.conv_in(2 * sample - 1 if self._c.center_input_sample else sample)
         skips = [x]
         for block in self.down_blocks:
             x, outputs = block(x, time, context)
@@ -101,52 +97,47 @@ class UNet(nn.Module):
             skips, mine = skips[:-layers], skips[-layers:]
             x = block(x, mine, time, context, skips[-1].shape[2:] if skips else None)
         x = self.conv_out(self.conv_norm_out(x))
-        if self.config["time_embedding_type"] == "fourier" and not self._conditional:
+        if self._c.time_embedding_type == "fourier" and not self._c.conditional:
             x = x / t.reshape(-1, 1, 1, 1)
         return x
 
-    def _check_input(self, sample: Tensor, encoder_hidden_states: Tensor | None) -> None:
-        channels = self.config["in_channels"]
+    def _check_input(self, sample: Tensor, timestep: Tensor | float | int, tokens: Tensor | None) -> Tensor:
+        """The times (N,), after the checks that need no look at the data."""
+        channels = self._c.in_channels
         if sample.dim() != 4 or sample.shape[1] != channels:
             raise InputError(f"UNet: sample has shape {tuple(sample.shape)}; expected (N, {channels}, H, W)")
-        if encoder_hidden_states is None and self._crossed:
-            raise InputError("UNet: encoder_hidden_states is None; this network has cross-attention, pass (N, S, D)")
+        if self._c.crossed and (tokens is None or tokens.dim() != 3 or len(tokens) != len(sample)):
+            got = None if tokens is None else tuple(tokens.shape)
+            raise InputError(f"UNet: encoder_hidden_states is {got}; this network needs ({len(sample)}, S, channels)")
+        t = torch.as_tensor(timestep, device=sample.device)
+        if t.dim() > 1 or t.numel() not in (1, len(sample)):
+            raise InputError(f"UNet: timestep has shape {tuple(t.shape)}; expected a number or ({len(sample)},)")
+        return t.expand(len(sample))
 
-    @property
-    def _crossed(self) -> bool:
-        blocks = [self.config["mid_block_type"], *self.config["down_block_types"], *self.config["up_block_types"]]
-        return any("CrossAttn" in str(block) for block in blocks)
-
-    def _add_embeddings(self, c: SimpleNamespace) -> None:
+    def _add_embeddings(self, c: SimpleNamespace) -> int:
+        """The modules of `_embed`; gives the number of channels of the time embedding."""
         base = c.block_out_channels[0]
-        if c.time_embedding_type == "fourier" and self._conditional:
-            features = c.time_embedding_dim or 2 * base
+        features, channels = base, c.time_embedding_dim or 4 * base
+        if c.time_embedding_type == "fourier" and c.conditional:
+            features = channels = c.time_embedding_dim or 2 * base
             self.time_proj: nn.Module = FourierFeatures(features // 2, scale=1.0, log=False, flip=c.flip_sin_to_cos)
         elif c.time_embedding_type == "fourier":
             features = 2 * base
             self.time_proj = FourierFeatures(base, scale=16.0, log=True, flip=False)
         elif c.time_embedding_type == "learned":
-            features = base
             self.time_proj = LearnedTimes(c.num_train_timesteps, base)
         else:
-            features = base
             self.time_proj = Sinusoids(base, flip=c.flip_sin_to_cos, shift=c.freq_shift)
-        fourier = c.time_embedding_type == "fourier" and self._conditional
-        channels = c.time_embedding_dim or (2 if fourier else 4) * base
         self.time_embedding = EmbeddingMLP(
-            features,
-            channels,
-            condition_channels=getattr(c, "time_cond_proj_dim", None),
-            post_act=getattr(c, "timestep_post_act", None),
+            features, channels, condition_channels=c.time_cond_proj_dim, post_act=c.timestep_post_act
         )
         self.class_embedding = _class_embedding(c, features, channels)
-        if not self._conditional:
-            return
         if c.addition_embed_type == "text_time":
             self.add_time_proj = Sinusoids(c.addition_time_embed_dim, flip=c.flip_sin_to_cos, shift=c.freq_shift)
             self.add_embedding = EmbeddingMLP(c.projection_class_embeddings_input_dim, channels)
         if c.encoder_hid_dim_type == "text_proj":
             self.encoder_hid_proj = nn.Linear(c.encoder_hid_dim, c.cross_attention_dim[0])
+        return channels
 
     def _embed(
         self, t: Tensor, class_labels: Tensor | None, condition: Tensor | None, added: Mapping[str, Tensor]
@@ -159,29 +150,29 @@ class UNet(nn.Module):
             got = "None" if class_labels is None else f"shape {tuple(class_labels.shape)}"
             raise InputError(f"UNet: class_labels is {got}, but this network has {have}; see num_class_embeds")
         if class_labels is not None and self.class_embedding is not None:
-            if self.config["class_embed_type"] == "timestep":
+            if self._c.class_embed_type == "timestep":
                 class_labels = self.time_proj(class_labels).to(dtype)
             classes = self.class_embedding(class_labels).to(dtype)
-            concat = self.config.get("class_embeddings_concat", False)
+            concat = self._c.class_embeddings_concat
             embedding = torch.cat([embedding, classes], dim=-1) if concat else embedding + classes
-        if hasattr(self, "add_embedding"):
+        if self._c.addition_embed_type is not None:
             for name in ("text_embeds", "time_ids"):
                 if name not in added:
                     raise InputError(f"UNet: added_cond_kwargs has no {name!r}; addition_embed_type needs it")
             sizes = self.add_time_proj(added["time_ids"].flatten()).reshape(len(t), -1)
             both = torch.cat([added["text_embeds"], sizes.to(added["text_embeds"].dtype)], dim=-1)
             embedding = embedding + self.add_embedding(both.to(dtype))
-        activation = ACTIVATIONS[self.config.get("time_embedding_act_fn")]
+        activation = ACTIVATIONS[self._c.time_embedding_act_fn]
         return embedding if activation is None else activation(embedding)
 
     def _down_stage(self, c: SimpleNamespace, stage: int) -> DownStage:
         kind, layers, channels = c.down_block_types[stage], c.layers_per_block[stage], c.block_out_channels[stage]
         inputs = [c.block_out_channels[max(stage - 1, 0)], *[channels] * (layers - 1)]
         resampled = kind == "ResnetDownsampleBlock2D"
-        scale = getattr(c, "resnet_out_scale_factor", 1.0) if resampled else 1.0
+        scale = c.resnet_out_scale_factor if resampled else 1.0
         downsampler: nn.Module | None = None
         if stage < len(c.block_out_channels) - 1:
-            if resampled or (kind == "AttnDownBlock2D" and getattr(c, "downsample_type", "conv") == "resnet"):
+            if resampled or (kind == "AttnDownBlock2D" and c.downsample_type == "resnet"):
                 downsampler = ResnetBlock(channels, channels, self._resnet, scale=scale, resample="down")
             else:
                 downsampler = Downsample(channels, padding=c.downsample_padding)
@@ -196,7 +187,7 @@ class UNet(nn.Module):
         attentions: list[nn.Module] = []
         if c.mid_block_type == "UNetMidBlock2DCrossAttn":
             attentions = self._attentions(c, c.mid_block_type, last, last, 1)
-        elif not self._conditional and c.add_attention:
+        elif not c.conditional and c.add_attention:
             groups = c.attn_norm_num_groups
             if groups is None and not self._resnet.scale_shift:
                 groups = c.norm_num_groups
@@ -206,7 +197,7 @@ class UNet(nn.Module):
                 )
             ]
         # The conditional library class leaves out the second block together with the attention.
-        count = 1 if self._conditional and not attentions else 2
+        count = 1 if c.conditional and not attentions else 2
         return MidStage((ResnetBlock(channels, channels, self._resnet, scale=scale) for _ in range(count)), attentions)
 
     def _up_stage(self, c: SimpleNamespace, index: int) -> UpStage:
@@ -217,10 +208,10 @@ class UNet(nn.Module):
         inputs = [before, *[channels] * (layers - 1)]
         skips = [*[channels] * (layers - 1), below]
         resampled = kind == "ResnetUpsampleBlock2D"
-        scale = getattr(c, "resnet_out_scale_factor", 1.0) if resampled else 1.0
+        scale = c.resnet_out_scale_factor if resampled else 1.0
         upsampler: nn.Module | None = None
         if stage > 0:
-            if resampled or (kind == "AttnUpBlock2D" and getattr(c, "upsample_type", "conv") == "resnet"):
+            if resampled or (kind == "AttnUpBlock2D" and c.upsample_type == "resnet"):
                 upsampler = ResnetBlock(channels, channels, self._resnet, scale=scale, resample="up")
             else:
                 upsampler = Upsample(channels)

@@ -116,9 +116,16 @@ def test_what_is_not_supported_is_named(config, message):
         (DDPM_CIFAR10, (1, 3, 8, 8), {"class_labels": torch.tensor([1])}, "class_labels"),
         (ADM, (1, 3, 8, 8), {}, "class_labels is None"),
         (SD15, (1, 4, 8, 8), {}, "encoder_hidden_states is None"),
+        (
+            SD15,
+            (2, 4, 8, 8),
+            {"encoder_hidden_states": torch.zeros(1, 7, 48)},
+            r"encoder_hidden_states is \(1, 7, 48\)",
+        ),
+        (DDPM_CIFAR10, (3, 3, 8, 8), {"timestep": torch.tensor([1, 2])}, r"timestep has shape \(2,\)"),
     ],
-    ids=["channels", "labels-for-none", "no-labels", "no-tokens"],
+    ids=["channels", "labels-for-none", "no-labels", "no-tokens", "tokens-batch", "times"],
 )
 def test_inputs_that_do_not_fit_are_named(config, shape, arguments, message):
     with pytest.raises(InputError, match=message), torch.no_grad():
-        UNet(**config)(torch.randn(shape), 3, **arguments)
+        UNet(**config)(torch.randn(shape), **{"timestep": 3, **arguments})
