@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import samplers
-from fastdiff.engine.run import StepInfo, run
+from fastdiff.engine.run import StepInfo, as_list, run
 from fastdiff.errors import InputError
 from fastdiff.schedules import Schedule
 
@@ -15,12 +15,20 @@ from fastdiff.schedules import Schedule
 class Model(Protocol):
     """What `sample` needs of a model; `fastdiff.load_model` gives it."""
 
-    network: Any
-    schedule: Schedule
-    prediction: str
-    sample_shape: tuple[int, ...]
-    num_classes: int | None
-    null_label: int | None
+    @property
+    def network(self) -> Any: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def prediction(self) -> str: ...
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_classes(self) -> int | None: ...
+    @property
+    def null_label(self) -> int | None: ...
+    @property
+    def clip(self) -> float | None: ...
 
 
 def sample(
@@ -31,7 +39,6 @@ def sample(
     method: str = "dpmpp_2m",
     steps: int = 20,
     guidance: float = 1.0,
-    clip: float | None = 1.0,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -39,10 +46,10 @@ def sample(
     progress: bool | None = None,
     **options: Any,
 ) -> Tensor:
-    """Samples of the model, float32 (N, *model.sample_shape) in [-1, 1], one for each seed.
+    """Images of the model, float32 (N, *model.sample_shape) in [-1, 1], one for each seed.
 
     labels          one class per seed; None samples without a class
-    method, steps   of `fastdiff.samplers.build`, which takes `clip` and `options` too
+    method, steps   of `fastdiff.samplers.build`, which takes `options` too; `clip` is the model's own unless given
     guidance        uncond + guidance * (cond - uncond); 1.0 is the plain model and one evaluation a step
     batch_size      how many samples the network is given at once (twice as many with guidance); it does not change
                     which noise a sample gets
@@ -53,10 +60,9 @@ def sample(
     Errors: InputError for labels that do not fit the seeds or the model, guidance without labels, and what `build` and
     `run` refuse.
     """
-    table = samplers.build(
-        method, schedule=model.schedule, steps=steps, prediction=model.prediction, clip=clip, **options
-    )
-    keys = list(seeds)
+    options = {"clip": model.clip, **options}
+    table = samplers.build(method, schedule=model.schedule, steps=steps, prediction=model.prediction, **options)
+    keys = as_list("seeds", seeds)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size: expected a positive whole number, got {batch_size!r}")
     where, precision = _placement(model.network, device, dtype)
@@ -107,7 +113,7 @@ def _classes(model: Model, labels: Iterable[int] | None, samples: int, guidance:
         if model.null_label is None:
             raise InputError(f"labels: expected one class from 0 to {model.num_classes - 1} per seed, got None")
         return [model.null_label] * samples
-    classes = list(labels)
+    classes = as_list("labels", labels)
     if len(classes) != samples:
         raise InputError(f"labels: expected {samples}, one per seed, got {len(classes)}")
     for index, label in enumerate(classes):
