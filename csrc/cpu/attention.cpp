@@ -1,9 +1,135 @@
-#include <stdexcept>
+// Attention on the CPU. Each task is a block of queries of one head; a thread packs the keys and values of a head when
+// it comes to its first block of it.
 
+// The AVX-512 build may use the bfloat16 dot product. The compiler emits that instruction only where it is called by
+// name, in struct BFloat16, which is chosen at run time.
+#if defined(CPU_CAPABILITY_AVX512) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512bf16")
+#define FASTDIFF_BF16_DOT
+#endif
+
+#include <cmath>
+#include <cstdlib>
+
+#include "attention_pack.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
+namespace {
 
-void attention(const AttentionArgs&) { throw std::runtime_error("attention: the CPU kernel is being written"); }
+// Memory that a thread keeps between calls: fresh pages cost more than a small attention.
+class Arena {
+ public:
+  ~Arena() { std::free(data_); }
+
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = std::aligned_alloc(64, round_up(bytes, 64));
+      if (data_ == nullptr) std::abort();
+      size_ = bytes;
+    }
+    return static_cast<char*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Arena arena;
+
+template <class Math>
+class Worker {
+  using Element = typename Math::Element;
+
+ public:
+  explicit Worker(const AttentionArgs& args) : args_(args) {
+    steps_ = (args.dim + Math::PAIR - 1) / Math::PAIR;
+    const int64_t padded = round_up(args.dim, LANES);
+    const int64_t sizes[] = {args.keys * steps_,
+                             (args.keys + Math::PAIR - 1) / Math::PAIR * args.dim,
+                             steps_ * MAX_QUERIES,
+                             MAX_KEYS * MAX_QUERIES,
+                             Math::PAIR == 1 ? 0 : MAX_KEYS / Math::PAIR * MAX_QUERIES,
+                             MAX_KEYS * MAX_QUERIES,
+                             padded * MAX_QUERIES,
+                             padded * LANES};
+    int64_t offsets[9] = {};
+    for (int i = 0; i < 8; ++i) offsets[i + 1] = offsets[i] + round_up(sizes[i], 16);
+    float* base = reinterpret_cast<float*>(arena.reserve(offsets[8] * 4));
+    k_ = reinterpret_cast<Element*>(base);
+    v_ = reinterpret_cast<Element*>(base + offsets[1]);
+    scratch_.q = reinterpret_cast<Element*>(base + offsets[2]);
+    scratch_.scores = base + offsets[3];
+    scratch_.weights = reinterpret_cast<Element*>(base + offsets[Math::PAIR == 1 ? 3 : 4]);
+    scratch_.mask = base + offsets[5];
+    scratch_.out = base + offsets[6];
+    scratch_.rows = base + offsets[7];
+  }
+
+  // The block of queries from `query` on, of head `head` of sample `sample`.
+  void run(int64_t sample, int64_t head, int64_t query) {
+    if (sample != sample_ || head != head_) {
+      sample_ = sample, head_ = head;
+      pack_keys(args_.k, start(args_.k_strides), args_.k_strides[2], args_.keys, args_.dim, k_);
+      pack_values(args_.v, start(args_.v_strides), args_.v_strides[2], args_.keys, args_.dim, v_);
+    }
+    const int64_t count = std::min(MAX_QUERIES, args_.queries - query);
+    const bool masked = args_.mask || args_.mask_bool;
+    if (count > MAX_QUERIES / 2)
+      return masked ? block<COLUMNS, true>(query, count) : block<COLUMNS, false>(query, count);
+    if (count > LANES) return masked ? block<COLUMNS / 2, true>(query, count) : block<COLUMNS / 2, false>(query, count);
+    return masked ? block<1, true>(query, count) : block<1, false>(query, count);
+  }
+
+ private:
+  int64_t start(const int64_t (&strides)[3]) const { return sample_ * strides[0] + head_ * strides[1]; }
+
+  template <int WIDTH, bool MASKED>
+  void block(int64_t query, int64_t count) {
+    constexpr int64_t width = WIDTH * LANES;
+    load_queries(args_, start(args_.q_strides), query, count, width, scratch_);
+    const auto mask = [&](int64_t key, int64_t keys) {
+      const int64_t* strides = args_.mask_strides;
+      const int64_t offset = sample_ * strides[0] + head_ * strides[1] + query * strides[2] + key * strides[3];
+      load_mask(args_, offset, count, width, keys, scratch_);
+    };
+    Floats inverse[WIDTH];
+    const float c = std::fabs(args_.scale) * 1.4426950408889634f;
+    attend<Math, WIDTH, MASKED>(Head<Math>{k_, v_, args_.keys, args_.dim, steps_}, scratch_, c, mask, inverse);
+    const int64_t first = ((sample_ * args_.queries + query) * args_.heads + head_) * args_.dim;
+    store_rows(args_, first, count, width, inverse, scratch_);
+  }
+
+  const AttentionArgs& args_;
+  Scratch<Math> scratch_;
+  Element *k_, *v_;
+  int64_t steps_, sample_ = -1, head_ = -1;
+};
+
+template <class Math>
+void run(const AttentionArgs& args) {
+  const int64_t blocks = (args.queries + MAX_QUERIES - 1) / MAX_QUERIES, tasks = args.batch * args.heads * blocks;
+  const int64_t threads = std::min<int64_t>(args.threads, tasks);
+  parallel_for(threads, args.threads, [&](int64_t thread) {
+    Worker<Math> worker(args);
+    for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
+      const int64_t head = task / blocks;
+      worker.run(head / args.heads, head % args.heads, task % blocks * MAX_QUERIES);
+    }
+  });
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args) {
+#ifdef FASTDIFF_BF16_DOT
+  static const bool bf16_dot = __builtin_cpu_supports("avx512bf16");
+  if (args.q.type == Type::BF16 && bf16_dot) return run<BFloat16>(args);
+#endif
+  run<Float32>(args);
+}
 
 }  // namespace fastdiff::cpu::CPU_CAPABILITY
