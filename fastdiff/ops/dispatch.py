@@ -33,6 +33,9 @@ class _Reference:
     def supports(self, *args: Any) -> str | None:
         return None
 
+    def cedes(self, *args: Any) -> bool:
+        return False
+
 
 def _candidates(operator: Operator) -> tuple[Backend, ...]:
     offered = [module.BACKENDS.get(operator.name) for module in (native, triton, torch_library)]
@@ -82,8 +85,14 @@ def choose(name: str, args: tuple[Any, ...], *, record: bool = True) -> Backend:
     demanded = config.forced_backend(name)
     if demanded is not None:
         return _demand(name, demanded, args)
+    ceding = None
     for backend in BACKENDS[name]:
         if backend.supports(*args) is None and not (backend.name == "triton" and config.triton_interpreted()):
+            if backend.cedes(*args):
+                ceding = ceding or backend
+                continue
+            if backend.name == "reference" and ceding is not None:
+                return ceding
             if backend.name == "reference" and record:
                 _record_fallback(name, args)
             return backend

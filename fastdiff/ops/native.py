@@ -75,6 +75,9 @@ class _Native:
                 return f"it takes float32, float16 and bfloat16, not {str(value.dtype).removeprefix('torch.')}"
         return None if self.limits is None else self.limits(*args)
 
+    def cedes(self, *args: Any) -> bool:
+        return False
+
     def run(self, *args: Any) -> Any:
         assert self._run is not None  # `supports` came first
         return self._run(*args)

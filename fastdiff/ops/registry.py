@@ -24,6 +24,9 @@ class Backend(Protocol):
     def supports(self, *args: Any) -> str | None:
         """Why this backend cannot run this call, or None; args are those of the schema, in its order."""
 
+    def cedes(self, *args: Any) -> bool:
+        """Whether a backend further down the order is known to be faster at this call, which this one could run."""
+
     def run(self, *args: Any) -> Any:
         """The operator; called only where `supports` gave None."""
 

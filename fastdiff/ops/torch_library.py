@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,12 +16,17 @@ class _Attention:
         return None
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
-        if mask is not None:
-            return "PyTorch's attention gives NaN, not 0, for a row with every key masked"
+        if mask is not None and q.device.type != "cpu":
+            return "for a row with every key masked only PyTorch's CPU kernels are known to give 0"
         return None
 
+    def cedes(self, *args: object) -> bool:
+        return False
+
     def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+            mask = mask.to(torch.promote_types(q.dtype, torch.float32))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

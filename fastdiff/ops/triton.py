@@ -33,8 +33,14 @@ class _Triton:
 
     name = "triton"
 
-    def __init__(self, operator: str, tensors: int, limits: Callable[..., str | None] | None = None) -> None:
-        self.operator, self.tensors, self.limits = operator, tensors, limits
+    def __init__(
+        self,
+        operator: str,
+        tensors: int,
+        limits: Callable[..., str | None] | None = None,
+        cedes: Callable[..., bool] | None = None,
+    ) -> None:
+        self.operator, self.tensors, self.limits, self._cedes = operator, tensors, limits, cedes
 
     def unavailable(self) -> str | None:
         if _missing() is not None:
@@ -54,6 +60,9 @@ class _Triton:
                 return f"it takes float32, float16 and bfloat16, not {str(value.dtype).removeprefix('torch.')}"
         return None if self.limits is None else self.limits(*args)
 
+    def cedes(self, *args: Any) -> bool:
+        return self._cedes is not None and self._cedes(*args)
+
     def run(self, *args: Any) -> Any:
         return import_module(f"fastdiff.kernels.{self.operator}").run(*args)
 
@@ -62,10 +71,22 @@ def _attention_limits(q: Tensor, *_: Any) -> str | None:
     return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}" if q.shape[-1] > MAX_HEAD_DIM else None
 
 
+# Head dimensions that the attention kernels of PyTorch (cuDNN, FlashAttention) are tuned for; at others they pad, and
+# with few keys memory is the limit. After published figures: not yet measured on a GPU.
+_PYTORCH_HEAD_DIMS = (64, 80, 96, 128)
+_FEW_KEYS = 128
+
+
+def _attention_cedes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> bool:
+    if mask is not None:
+        return False
+    return q.dtype == torch.float32 or (q.shape[-1] in _PYTORCH_HEAD_DIMS and k.shape[2] > _FEW_KEYS)
+
+
 BACKENDS: dict[str, Backend] = {
     "sampler_step": _Triton("sampler_step", 2),
     "add_noise": _Triton("add_noise", 1),
     "philox_normal": _Triton("philox_normal", 0),
     "group_norm_silu": _Triton("group_norm_silu", 1),
-    "attention": _Triton("attention", 3, _attention_limits),
+    "attention": _Triton("attention", 3, _attention_limits, _attention_cedes),
 }
