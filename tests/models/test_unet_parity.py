@@ -6,8 +6,9 @@ from functools import cache
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from inputs import LAYOUTS
-from layouts import ADM, CASES, DDPM_CIFAR10, SD15
+from layouts import ADM, CASES, DDPM_CIFAR10, SD15, SDXL
 from tolerance import assert_close_to_truth
 
 from fastdiff import InputError
@@ -87,6 +88,22 @@ def test_a_batch_is_its_samples():
     torch.testing.assert_close(whole, torch.cat(parts))
 
 
+def test_it_compiles_without_a_graph_break():
+    small = {
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 12,
+        "attention_head_dim": 2,
+        "layers_per_block": 1,
+    }
+    network = UNet(**small).eval().requires_grad_(False)
+    arguments = (torch.randn(1, 4, 5, 6), torch.tensor([3]), torch.randn(1, 7, 12))
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), network(*arguments))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -129,3 +146,47 @@ def test_what_is_not_supported_is_named(config, message):
 def test_inputs_that_do_not_fit_are_named(config, shape, arguments, message):
     with pytest.raises(InputError, match=message), torch.no_grad():
         UNet(**config)(torch.randn(shape), **{"timestep": 3, **arguments})
+
+
+FULL_SIZE = {
+    "ddpm-cifar10-32": (UNet2DModel, {**DDPM_CIFAR10, "block_out_channels": [128, 256, 256, 256]}),
+    "ddpm-celebahq-256": (
+        UNet2DModel,
+        {
+            **DDPM_CIFAR10,
+            "sample_size": 256,
+            "block_out_channels": [128, 128, 256, 256, 512, 512],
+            "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+        },
+    ),
+    "stable-diffusion-v1-5": (UNet2DConditionModel, {"cross_attention_dim": 768}),
+    "stable-diffusion-2-1": (
+        UNet2DConditionModel,
+        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    ),
+    "stable-diffusion-xl": (
+        UNet2DConditionModel,
+        {
+            **SDXL,
+            "block_out_channels": [320, 640, 1280],
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "transformer_layers_per_block": [1, 2, 10],
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_networks_have_the_librarys_parameters(name):
+    kind, config = FULL_SIZE[name]
+    with torch.device("meta"):
+        library, network = kind(**config), UNet(_class_name=kind.__name__, **config)
+    assert shapes(network) == shapes(library)
+
+
+def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
