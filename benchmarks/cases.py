@@ -1,0 +1,72 @@
+"""What is measured: every operator at its shapes, and the whole sampling loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that several contenders do.
+
+    operator: a registered operator, or "sampling" for the whole loop. variant: which kind of call; the builders in
+    `operators` and `sampling` know the names. shape: of the main input; attention (B, H, Lq, D). quick: measured by
+    `--quick` too.
+    """
+
+    operator: str
+    variant: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return "/".join((self.operator, self.variant, "x".join(map(str, self.shape)), self.dtype))
+
+
+DTYPES = ("float32", "bfloat16")
+LATENTS = ((1, 4, 64, 64), (2, 4, 128, 128))
+STEPS = ("ddim", "dpmpp_2m", "unipc")
+NORMS = ((4, 256, 32, 32), (2, 640, 32, 32), (2, 320, 64, 64))
+LAYOUTS = ("contiguous", "channels_last")
+HEADS = ((2, 8, 1024, 40), (2, 8, 256, 80))
+ATTENTIONS = ("self", "cross77")
+NOISED = (16, 4, 64, 64)
+NOISE = ("given", "seeds")
+LOOPS = ("dpmpp_2m-20", "ddim-50")
+LOOP_SHAPE = (8, 1, 28, 28)
+
+CASES = (
+    *(
+        Case("sampler_step", step, shape, dtype, quick=(shape, dtype) == (LATENTS[0], "float32"))
+        for step in STEPS
+        for shape in LATENTS
+        for dtype in DTYPES
+    ),
+    *(
+        Case("group_norm_silu", layout, shape, dtype, quick=(shape, dtype) == (NORMS[0], "float32"))
+        for shape in NORMS
+        for layout in LAYOUTS
+        for dtype in DTYPES
+    ),
+    *(
+        Case("attention", kind, shape, dtype, quick=shape == HEADS[1])
+        for kind in ATTENTIONS
+        for shape in HEADS
+        for dtype in DTYPES
+    ),
+    *(Case("add_noise", noise, NOISED, dtype, quick=dtype == "float32") for noise in NOISE for dtype in DTYPES),
+    *(Case("philox_normal", "fill", NOISED, dtype, quick=dtype == "float32") for dtype in DTYPES),
+    *(Case("sampling", loop, LOOP_SHAPE, dtype) for loop in LOOPS for dtype in DTYPES),
+)
+
+
+def select(pattern: str | None, *, quick: bool) -> list[Case]:
+    """The cases whose name contains one of the words of `pattern` (separated by commas), all without one."""
+    words = None if pattern is None else [word for word in pattern.split(",") if word]
+    return [
+        case
+        for case in CASES
+        if (case.quick or not quick) and (words is None or any(word in case.name for word in words))
+    ]

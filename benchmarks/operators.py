@@ -1,0 +1,130 @@
+"""How each operator's cases are called, by us and by others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import schedulers
+from benchmarks.cases import Case
+from benchmarks.work import Work
+from fastdiff import ops
+from fastdiff.ops import reference
+
+GROUPS = 32
+CROSS_KEYS = 77
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Standard normal values, equal for a seed on every machine."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
+
+
+def size(*tensors: Tensor) -> int:
+    """Their bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def sampler_step(case: Case, device: torch.device) -> Work:
+    return schedulers.build(case, device)
+
+
+def group_norm_silu(case: Case, device: torch.device) -> Work:
+    dtype = getattr(torch, case.dtype)
+    layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[case.variant]
+    x = normal(*case.shape, seed=0, dtype=dtype, device=device).contiguous(memory_format=layout)
+    weight, bias = (normal(case.shape[1], seed=seed, dtype=dtype, device=device) for seed in (1, 2))
+
+    def pytorch() -> Tensor:
+        return F.silu(F.group_norm(x, GROUPS, weight, bias))
+
+    truth, _ = reference.group_norm_silu(
+        x.double(), GROUPS, weight.double(), bias.double(), 1e-5, True, None, None, False
+    )
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=lambda: ops.group_norm_silu(x, GROUPS, weight, bias),
+        truth=truth,
+        plain=pytorch(),
+        traffic=2 * size(x),
+    )
+
+
+def attention(case: Case, device: torch.device) -> Work:
+    dtype = getattr(torch, case.dtype)
+    batch, heads, queries, dim = case.shape
+    keys = queries if case.variant == "self" else CROSS_KEYS
+    # As networks have them: (B, L, H * D) out of a linear layer, seen as (B, H, L, D); joined again afterwards.
+    q, k, v = (
+        normal(batch, length, heads, dim, seed=seed, dtype=dtype, device=device).transpose(1, 2)
+        for seed, length in enumerate((queries, keys, keys))
+    )
+
+    def pytorch() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, queries, heads * dim)
+
+    truth = reference.attention(q.double(), k.double(), v.double(), None, 1.0 / math.sqrt(dim))
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=lambda: ops.attention(q, k, v).transpose(1, 2).reshape(batch, queries, heads * dim),
+        truth=truth.transpose(1, 2).reshape(batch, queries, heads * dim),
+        plain=pytorch(),
+        traffic=2 * size(q) + size(k, v),
+        flops=4 * batch * heads * queries * keys * dim,
+    )
+
+
+def add_noise(case: Case, device: torch.device) -> Work:
+    dtype = getattr(torch, case.dtype)
+    count = case.shape[0]
+    x = normal(*case.shape, seed=0, dtype=dtype, device=device)
+    alpha = torch.linspace(0.1, 0.9, count, device=device)
+    sigma = (1.0 - alpha**2).sqrt()
+    seeds = torch.arange(count, device=device)
+    drawn = case.variant == "seeds"
+    noise = normal(*case.shape, seed=1, dtype=dtype, device=device)
+    a, s = (value.to(dtype).view(-1, 1, 1, 1) for value in (alpha, sigma))
+
+    def pytorch() -> Tensor:
+        return a * x + s * (torch.randn_like(x) if drawn else noise)
+
+    def ours() -> Tensor:
+        return ops.add_noise(x, alpha, sigma, **({"seeds": seeds} if drawn else {"noise": noise}))
+
+    given = reference.philox_normal(seeds, case.shape, 0, 0, torch.float32) if drawn else noise
+    truth = alpha.double().view(-1, 1, 1, 1) * x.double() + sigma.double().view(-1, 1, 1, 1) * given.double()
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=ours,
+        truth=truth,
+        plain=a * x + s * given.to(dtype),
+        comparable=not drawn,
+        traffic=2 * size(x) + (0 if drawn else size(noise)),
+    )
+
+
+def philox_normal(case: Case, device: torch.device) -> Work:
+    dtype = getattr(torch, case.dtype)
+    seeds = torch.arange(case.shape[0], device=device)
+    exact = reference.philox_normal(seeds, case.shape, 0, 0, torch.float64)
+    return Work(
+        peers={"pytorch": lambda: torch.randn(case.shape, dtype=dtype, device=device)},
+        ours=lambda: ops.philox_normal(seeds, case.shape, dtype=dtype),
+        truth=exact,
+        plain=exact.to(dtype),
+        comparable=False,
+        traffic=size(exact.to(dtype)),
+    )
+
+
+BUILDERS: dict[str, Callable[[Case, torch.device], Work]] = {
+    "sampler_step": sampler_step,
+    "group_norm_silu": group_norm_silu,
+    "attention": attention,
+    "add_noise": add_noise,
+    "philox_normal": philox_normal,
+}

@@ -1,0 +1,223 @@
+"""The rules of the layout: one name in every place, imports in one direction, nothing happening at import."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES
+from benchmarks.operators import BUILDERS
+from fastdiff import ops
+from fastdiff.ops import native, reference, row
+from fastdiff.ops.registry import OPERATORS
+
+ROOT = Path(__file__).parent.parent
+MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "fastdiff").rglob("*.py"))}
+
+NO_CUDA = {"attention"}
+"""Operators that run on Triton on a GPU and have no CUDA C++ kernel."""
+
+LAYERS = (
+    {"errors", "files", "__init__"},
+    {"config", "noise", "schedules"},
+    {"parameterization"},
+    {"ops"},
+    {"samplers", "nn"},
+    {"engine", "models"},
+    {"training", "integrations", "evaluation"},
+    {"cli"},
+)
+"""Packages and modules of fastdiff from the leaves up; a module imports from its own layer's package or from below."""
+
+ALLOWED_ANYWHERE = {"fastdiff"}
+"""`import fastdiff` and its lazy public names, for the programs at the top."""
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether it is imported when the file is) for every import of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    deferred = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        now = id(node) not in deferred
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, now) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            module = node.module or ""
+            yield module, now
+            yield from ((f"{module}.{alias.name}", now) for alias in node.names)
+
+
+def layer(module: str) -> int | None:
+    """The layer of a module of fastdiff; None for the package itself and for everything else."""
+    parts = module.split(".")
+    if parts[0] != "fastdiff" or len(parts) == 1:
+        return None
+    found = [index for index, names in enumerate(LAYERS) if parts[1] in names]
+    return found[0] if found else None
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_stands_in_every_place(name: str) -> None:
+    assert (ROOT / "kernels" / f"{name}.py").is_file(), "a Triton kernel"
+    assert (ROOT / "csrc" / "cpu" / f"{name}.cpp").is_file(), "a C++ kernel for the CPU"
+    assert (ROOT / "csrc" / "cuda" / f"{name}.cu").is_file() != (name in NO_CUDA), (
+        "a CUDA kernel, or a declared absence"
+    )
+    assert (name in native.ON_CUDA) != (name in NO_CUDA)
+    assert (ROOT / "tests" / "ops" / f"test_{name}.py").is_file(), "a test"
+    assert name in BUILDERS
+    assert name in {case.operator for case in CASES}, "a benchmark case"
+    assert name in ops.__all__, "a public function"
+    assert (inspect.getdoc(getattr(ops, name)) or "").count("\n") > 2, "a docstring with the formula"
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_reference_has_the_signature_of_its_schema(name: str) -> None:
+    schema = getattr(torch.ops.fastdiff, name).default._schema
+    registered = [(argument.name, argument.default_value) for argument in schema.arguments]
+    function = inspect.signature(getattr(reference, name))
+    written = [(parameter.name, None) for parameter in function.parameters.values()]
+    assert written == registered
+    assert all(parameter.default is inspect.Parameter.empty for parameter in function.parameters.values())
+
+
+def test_no_operator_file_is_left_over() -> None:
+    """A kernel, test or case under a name that is no operator is a typing error or a remnant."""
+    for folder, pattern in (("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu")):
+        stems = {path.stem for path in (ROOT / folder).glob(pattern)}
+        assert stems <= set(OPERATORS), folder
+    assert {case.operator for case in CASES} <= {*OPERATORS, "sampling"}
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_imports_go_one_way(path: str) -> None:
+    here = layer(module_name(path))
+    if here is None:
+        assert path == "fastdiff/__init__.py" or path.startswith("fastdiff/assets/"), f"{path} is in no layer"
+        return
+    for module, _ in imports(MODULES[path]):
+        there = layer(module)
+        assert there is None or there <= here, f"{path} imports {module}, which lies above it"
+
+
+def test_samplers_and_the_engine_never_import_models() -> None:
+    for path, file in MODULES.items():
+        if path.startswith(("fastdiff/samplers/", "fastdiff/engine/", "fastdiff/ops/")):
+            assert not any(module.startswith("fastdiff.models") for module, _ in imports(file)), path
+
+
+def test_networks_use_only_operators_and_torch() -> None:
+    allowed = {"torch", "fastdiff", "__future__", *sys.stdlib_module_names}
+    for name in ("nn.py", "models/unet.py", "models/blocks.py", "models/attention.py", "models/embeddings.py"):
+        for module, _ in imports(ROOT / "fastdiff" / name):
+            assert module.split(".")[0] in allowed, f"{name} imports {module}"
+
+
+def test_kernels_import_only_torch_and_triton() -> None:
+    allowed = {"torch", "triton", "fastdiff", "__future__", *sys.stdlib_module_names}
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for module, _ in imports(path):
+            assert module.split(".")[0] in allowed, f"{path.name} imports {module}"
+            if module.startswith("fastdiff."):
+                assert module.startswith(("fastdiff.kernels", "fastdiff.noise", "fastdiff.ops.row")), (
+                    f"{path.name} imports {module}: kernels import only torch, triton and constants"
+                )
+
+
+def test_kernels_are_imported_by_one_module() -> None:
+    naming = [path for path, file in MODULES.items() if re.search(r"fastdiff\.kernels\b", _code(file))]
+    assert naming == ["fastdiff/ops/triton.py"]
+
+
+def _code(path: Path) -> str:
+    """A file without its comments and docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0].value.value = ""
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_the_environment_is_read_in_config_alone(path: str) -> None:
+    if path != "fastdiff/config.py":
+        assert not re.search(r"\benviron\b|\bgetenv\b", _code(MODULES[path])), path
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_nothing_catches_everything(path: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[path].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            caught = "" if node.type is None else ast.unparse(node.type)
+            assert caught not in ("", "Exception", "BaseException"), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import fastdiff", ["torch", "triton", "diffusers", "numpy", "PIL"]),
+        ("import fastdiff; fastdiff.ops, fastdiff.samplers, fastdiff.models", ["triton", "diffusers", "matplotlib"]),
+        ("import fastdiff.cli.sample, fastdiff.cli.info, fastdiff.cli.methods", ["triton", "diffusers", "matplotlib"]),
+    ],
+    ids=["fastdiff", "its modules", "the command line"],
+)
+def test_importing_does_little(statement: str, absent: list[str]) -> None:
+    """No library that is not needed, no kernel package, and no CUDA initialisation."""
+    program = (
+        f"{statement}\nimport json, sys\ncuda = 'torch' in sys.modules and sys.modules['torch'].cuda.is_initialized()"
+    )
+    program += "\nprint(json.dumps([cuda, sorted(name for name in sys.modules if '.' not in name), 'fastdiff.kernels' in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    cuda, loaded, kernels = json.loads(done.stdout)
+    assert not cuda
+    assert not kernels
+    assert not set(absent) & set(loaded)
+
+
+def test_row_constants_are_equal_in_cpp() -> None:
+    header = (ROOT / "csrc" / "step_row.h").read_text(encoding="utf-8")
+    found = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", header)}
+    for name, value in vars(row).items():
+        if name.isupper() and isinstance(value, int | slice):
+            expected = value.start if isinstance(value, slice) else value
+            assert found.pop({"ROW_SIZE": "SIZE"}.get(name, name)) == expected, name
+    from fastdiff.noise import STREAM_STEP
+
+    assert found == {"STREAM_STEP": STREAM_STEP}
+    enum = re.search(r"enum Input \{([^}]*)\}", header)
+    assert enum is not None
+    names = [name.strip().lower() for name in enum[1].split(",")]
+    assert names == [*(name.lower() for name in row.INPUTS), "inputs"]
+
+
+def test_the_folder_kernels_cannot_be_imported_by_that_name() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "ImportError: the folder kernels/ was imported as 'kernels': expected 'fastdiff.kernels'" in done.stderr
+
+
+def test_files_stay_short() -> None:
+    for folder in ("fastdiff", "kernels", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 320, path
