@@ -8,6 +8,10 @@ import pytest
 import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if not torch.cuda.is_available():
+    # Read when a kernel file is imported, so the whole session interprets. Ahead-of-time compilation needs it unset and
+    # runs in processes of its own (tests/gpu).
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
