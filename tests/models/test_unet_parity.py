@@ -90,10 +90,11 @@ def test_a_batch_is_its_samples():
 
 def test_it_compiles_without_a_graph_break():
     small = {
-        "block_out_channels": [8, 16],
+        "block_out_channels": [8],
         "norm_num_groups": 4,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "mid_block_type": None,
+        "up_block_types": ["AttnUpBlock2D"],
         "cross_attention_dim": 12,
         "attention_head_dim": 2,
         "layers_per_block": 1,
