@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from fastdiff.errors import InputError
@@ -14,7 +15,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     Errors: InputError where the folder does not exist or cannot be written; the old file is then untouched.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         try:
             with partial.open("xb") as file:

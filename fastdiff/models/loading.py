@@ -87,6 +87,8 @@ def load_model(
     """
     if name_or_path in EMBEDDED:
         asset = resources.files("fastdiff.assets") / f"{name_or_path}.safetensors"
+        if not asset.is_file():
+            raise CheckpointError(f"{name_or_path}: this installation lacks the model's file; reinstall fastdiff")
         with resources.as_file(asset) as path:
             return _load(path, schedule, prediction)
     return _load(Path(name_or_path), schedule, prediction)
