@@ -1,0 +1,1 @@
+"""Training: data sets, objectives, and a trainer that resumes bit for bit."""
