@@ -101,7 +101,7 @@ def compare(table: StepTable, scheduler: Any, **step_options: Any) -> Iterator[S
         theirs = scheduler.step(m, t, x, **step_options).prev_sample
         drew = not torch.equal(before, generator.get_state())
         drawn = torch.randn(SHAPE, generator=twin) if drew else torch.full(SHAPE, torch.nan)
-        use = table.use(index)
+        use = table.uses[index]
         given = {"anchor": anchor if use.anchor else None, "history": history[: use.history], "noise": drawn}
         wanted = {"new_history": use.new_history, "new_anchor": use.new_anchor}
         step = ops.sampler_step(x, m, rows, index, **given, **wanted)

@@ -31,7 +31,7 @@ def trajectory(
     anchor, history, scale = None, [], table.first_input_scale
     for index, (row, t) in enumerate(zip(table.rows, table.timesteps, strict=True)):
         m = denoiser(scale * x, float(t))
-        drawn = noise(index) if noise is not None and table.use(index).noise else None
+        drawn = noise(index) if noise is not None and table.uses[index].noise else None
         x, new_history, new_anchor = apply_row(row, x, m, anchor, history, drawn)
         history = history if new_history is None else [new_history, *history[:2]]
         anchor = anchor if new_anchor is None else new_anchor

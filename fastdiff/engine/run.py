@@ -96,7 +96,7 @@ def _loop(
     history: tuple[Tensor, ...] = ()
     rows = len(table)
     for index in tqdm(range(rows), desc=table.method, unit="step", disable=not _shows(progress, rows), leave=False):
-        use = table.use(index)
+        use = table.uses[index]
         output = denoiser(model_input, times[index].expand(expected[0]))
         if not isinstance(output, Tensor) or output.shape != expected:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

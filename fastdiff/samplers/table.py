@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class StepTable:
     init_scale: float
     first_input_scale: float
     grid: Grid
-    _tensors: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+    _tensors: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,20 +89,16 @@ class StepTable:
         """Solver steps; `len(table)` counts model evaluations."""
         return self.grid.steps
 
-    def use(self, index: int) -> RowUse:
-        row = self.rows[index]
-        blocks = row[NEW_X], row[NEW_HISTORY], row[NEW_ANCHOR]
-        read = {name for block in blocks for name, value in zip(INPUTS, block, strict=True) if value != 0.0}
-        slots = [number for number in (1, 2, 3) if f"hist{number}" in read]
-        return RowUse(
-            "noise" in read, "anchor" in read, max(slots, default=0), bool(blocks[2].any()), bool(blocks[1].any())
-        )
+    @cached_property
+    def uses(self) -> tuple[RowUse, ...]:
+        """What each row reads and writes."""
+        return tuple(_use(row) for row in self.rows)
 
     def with_guidance(self, guidance: float) -> "StepTable":
         """The same table with m = uncond + guidance * (cond - uncond)."""
         rows = self.rows.copy()
         rows[:, GUIDANCE] = guidance
-        return replace(self, rows=rows, _tensors={})
+        return replace(self, rows=rows)
 
     def tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The rows as float32 on a device, made once per device."""
@@ -109,6 +106,18 @@ class StepTable:
         if device not in self._tensors:
             self._tensors[device] = torch.from_numpy(self.rows.astype(np.float32)).to(device)
         return self._tensors[device]
+
+
+def _use(row: Array) -> RowUse:
+    blocks = row[NEW_X], row[NEW_HISTORY], row[NEW_ANCHOR]
+    read = {name for block in blocks for name, value in zip(INPUTS, block.tolist(), strict=True) if value != 0.0}
+    return RowUse(
+        noise="noise" in read,
+        anchor="anchor" in read,
+        history=max((number for number in (1, 2, 3) if f"hist{number}" in read), default=0),
+        new_anchor=bool(row[NEW_ANCHOR].any()),
+        new_history=bool(row[NEW_HISTORY].any()),
+    )
 
 
 def make_row(

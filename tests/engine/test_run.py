@@ -1,5 +1,7 @@
 """The loop: that it applies the table, that a sample depends on its seed alone, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ import fastdiff
 from fastdiff import ops, samplers, schedules
 from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL, STREAM_STEP, seed_tensor
+from fastdiff.parameterization import Linear
 from fastdiff.samplers import StepTable
+from fastdiff.samplers.table import make_row
 
 SHAPE = (5, 3, 4, 7)
 SEEDS = [11, 0, 2**63 + 5, -4, 11]
@@ -64,6 +68,15 @@ def test_a_sample_depends_on_its_seed_alone(method, denoiser):
     for index, seed in enumerate(SEEDS):
         alone = fastdiff.run(denoiser, steps, shape=(1, *SHAPE[1:]), seeds=[seed])
         assert torch.equal(alone[0], batch[index])
+
+
+def test_three_slots_of_history_newest_first():
+    """No method here reads three yet: rows 0 to 3 remember 1, 2, 3 and 4 times the model's output, row 4 reads all."""
+    rows = [make_row(Linear(0.0, 1.0), {"x": 1.0}, history={"m": float(i + 1)}) for i in range(4)]
+    rows.append(make_row(Linear(0.0, 1.0), {"hist1": 1.0, "hist2": 10.0, "hist3": 100.0}))
+    steps = replace(table("ddim", steps=5), rows=np.stack(rows))
+    found = fastdiff.run(lambda x, t: torch.ones_like(x), steps, shape=SHAPE, seeds=SEEDS)
+    assert (found == 4.0 + 30.0 + 200.0).all()
 
 
 def test_a_run_repeats_bit_for_bit():

@@ -148,4 +148,4 @@ def test_a_wrong_coefficient_is_seen():
     rows = table.rows.copy()
     rows[3, NEW_X][INPUTS.index("hist1")] *= 1.001
     scheduler.set_timesteps(7)
-    assert differs(replace(table, rows=rows, _tensors={}), scheduler) == [3]
+    assert differs(replace(table, rows=rows), scheduler) == [3]

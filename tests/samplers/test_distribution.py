@@ -41,7 +41,7 @@ def draw(case: str, noise_factor: float = 1.0) -> np.ndarray:
     rows[:, NEW_X.start + INPUTS.index("noise")] *= noise_factor
     alpha, sigma = table.grid.alphas[0], table.grid.sigmas[0]
     start = mixture.sample(generator, COUNT, alpha, sigma) / (alpha if table.first_input_scale != 1.0 else 1.0)
-    broken = replace(table, rows=rows, _tensors={})
+    broken = replace(table, rows=rows)
     return solve(mixture.denoiser(SCHEDULE, "v"), broken, start, lambda _: generator.standard_normal(COUNT))
 
 

@@ -192,7 +192,7 @@ def test_what_every_table_has_in_common(method):
         assert (table.rows[:, GUIDANCE] == 1.0).all()
         assert (table.rows[:, CLIP] == 0.9).all()
         assert (table.rows[:, INPUT_SCALE + 1 :] == 0.0).all()
-        uses = [table.use(i) for i in range(len(table))]
+        uses = table.uses
         assert any(use.noise for use in uses) == (info.stochastic and steps > 1)
         assert max(use.history for use in uses) == (info.history if steps > 2 else 0)
         assert not uses[-1].new_history
