@@ -43,7 +43,7 @@ def _call(name: str, *args: Any) -> Any:
             raise _Explained(dispatch.explain(name, args))
         if config.forced_backend(name) == "reference":
             return getattr(reference, name)(*args)
-    return REGISTERED[name](*args)
+    return dispatch.call(name, *args)
 
 
 class StepOutput(NamedTuple):

@@ -63,13 +63,13 @@ class _Native:
                 return module
             self._run = getattr(module, self.operator)
         first = args[0]
-        if first.device.type == "cuda":
+        if not first.is_cpu:
+            if not first.is_cuda:
+                return f"it runs on cpu and cuda, not on {first.device.type}"
             if self.operator not in ON_CUDA:
                 return "no CUDA C++ kernel is written for it; Triton runs it"
             if not cuda_built():
                 return "the extension was built without CUDA; set FASTDIFF_CUDA=1 and reinstall"
-        elif first.device.type != "cpu":
-            return f"it runs on cpu and cuda, not on {first.device.type}"
         for value in args[: self.tensors]:
             if value.dtype not in DTYPES:
                 return f"it takes float32, float16 and bfloat16, not {str(value.dtype).removeprefix('torch.')}"
