@@ -134,19 +134,18 @@ def explain(name: str, args: tuple[Any, ...]) -> str:
     return "\n".join(lines)
 
 
-def _needs_grad(args: tuple[Any, ...]) -> bool:
+def _refuse_grad(name: str, args: tuple[Any, ...]) -> None:
     for value in args:
         if isinstance(value, Tensor) and value.requires_grad:
-            return True
-    return False
+            raise InputError(
+                f"{name}: an input requires grad and this operator has no gradient; "
+                "call it under torch.no_grad(), or inside fastdiff.use_backend('reference') to differentiate"
+            )
 
 
 def _run(name: str, *args: Any) -> Any:
-    if torch.is_grad_enabled() and _needs_grad(args):
-        raise InputError(
-            f"{name}: an input requires grad and this operator has no gradient; "
-            "call it under torch.no_grad(), or inside fastdiff.use_backend('reference') to differentiate"
-        )
+    if torch.is_grad_enabled():
+        _refuse_grad(name, args)
     backend = choose(name, args)
     _used[name, backend.name] += 1
     return backend.run(*args)
