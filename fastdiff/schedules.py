@@ -136,7 +136,8 @@ def flow(steps: int = 1000, *, shift: float = 1.0) -> Schedule:
 def shift_time(u: npt.ArrayLike, shift: float) -> Array:
     """t = shift u / (1 + (shift - 1) u)."""
     u = np.asarray(u, dtype=np.float64)
-    return shift * u / (1.0 + (shift - 1.0) * u)
+    # Written so that u = 1 gives exactly 1, whatever the shift.
+    return u / (u + (1.0 - u) / shift)
 
 
 def custom(alphas_cumprod: npt.ArrayLike) -> Schedule:

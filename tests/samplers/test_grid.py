@@ -74,6 +74,12 @@ def test_flow_grids_shift_u(options, u):
     np.testing.assert_allclose(points.timesteps, [*(1000 * v for v in t), 0.0], rtol=1e-12)
 
 
+def test_any_shift_starts_at_pure_noise():
+    for shift in np.linspace(0.3, 12.0, 400):
+        points = grid(3, schedules.flow(1000, shift=float(shift)))
+        assert (points.alphas[0], points.sigmas[0]) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "exponential"])
 @pytest.mark.parametrize("final_sigma", ["zero", "schedule"])
 def test_every_step_count_has_falling_levels(spacing, final_sigma):
