@@ -1,15 +1,30 @@
-# Each target sets up .venv by itself. PYTHON chooses the interpreter (3.11 or 3.12).
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 --version >/dev/null 2>&1 && echo python3.12 || echo python3)
+# Each target sets up .venv by itself; PYTHON chooses the interpreter it is made with.
+#
+#   make demo     draw 64 images with the embedded model into demo.png
+#   make test     run the tests
+#   make lint     ruff and mypy
+#   make bench    measure everything into benchmarks/results/
+#   make quality  judge the embedded model's samples with a classifier
+#   make gpu      on a machine with an NVIDIA GPU, torch and nvcc: build, test, measure; no network, no .venv
+#   make clean    remove .venv and everything built
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$python && break; \
+	done)
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*) setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test bench quality lint gpu clean
+.PHONY: demo test lint bench quality gpu clean
 
 demo: .venv/installed
-	$(BIN)/fastdiff sample --count 64 --steps 20 --guidance 2 --seed 0 --out demo.png
+	$(BIN)/fastdiff sample --count 64 --steps 20 --guidance 2 --seed 0 --columns 10 --out demo.png
 
 test: .venv/developing
 	$(BIN)/python -m pytest
+
+lint: .venv/developing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: .venv/developing
 	$(BIN)/fastdiff bench
@@ -17,23 +32,22 @@ bench: .venv/developing
 quality: .venv/developing
 	$(BIN)/python -m benchmarks.quality
 
-lint: .venv/developing
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-
-# On a machine with an NVIDIA GPU, torch and nvcc: no network, no virtual environment.
+gpu: PYTHON := $(or $(PYTHON),python3)
 gpu:
 	FASTDIFF_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m pytest tests/ops tests/gpu
 	$(PYTHON) -m benchmarks.run --device cuda
 
 .venv/made:
-	$(PYTHON) -m venv .venv
+	@test -n "$(PYTHON)" || { echo "make: expected Python 3.11 or 3.12, found neither; pass PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet pip==26.3
 	touch $@
 
+# The compiler's output is kept in build/, so that a change in one C++ file compiles that file.
 .venv/installed: .venv/made $(SOURCES)
 	$(BIN)/python -m pip install --quiet --group build --group run
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 .venv/developing: .venv/installed
@@ -41,4 +55,4 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info fastdiff/*.so
+	rm -rf .venv build dist *.egg-info fastdiff/*.so

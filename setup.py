@@ -5,6 +5,7 @@ FASTDIFF_CUDA  auto (the default): with CUDA if PyTorch has it and a toolkit is 
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -38,6 +39,11 @@ def with_cuda() -> bool:
 
 class Build(BuildExtension):
     """Compiles csrc/cpu/*.cpp once for each instruction set; the rest as any extension."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # An editable installation builds in a folder that it throws away; in this one the next build finds its objects.
+        self.build_temp = f"build/objects-{sys.implementation.cache_tag}"
 
     def build_extension(self, extension) -> None:
         for capability, flags in CAPABILITIES.items():
