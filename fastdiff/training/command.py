@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,14 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fastdiff train` to a parser."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    default = {field.name: field.default for field in Settings.__dataclass_fields__.values()}
+    _add_files(parser)
+    _add_goal(parser)
+    _add_training(parser)
 
-    def add(group: argparse._ArgumentGroup, flag: str, kind: Callable[[str], object], text: str) -> None:
-        value = default[flag.removeprefix("--").replace("-", "_")]
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        note = "" if value is None else f" (default {shown})"
-        group.add_argument(flag, type=kind, default=value, metavar="X", help=text + note)
 
+def _add(group: argparse._ArgumentGroup, flag: str, kind: Callable[[str], object], text: str) -> None:
+    """An option that is a field of `Settings`, with the field's default."""
+    value = Settings.__dataclass_fields__[flag.removeprefix("--").replace("-", "_")].default
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    note = "" if value is None else f" (default {shown})"
+    group.add_argument(flag, type=kind, default=value, metavar="X", help=text + note)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument(
         "--data", required=True, metavar="PATH", help="folder of images (sub-folders are classes), .npz, or IDX files"
@@ -50,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--split", default="train", help="which split of a folder of IDX files (default train)")
     files.add_argument("--class-names", metavar="A,B,...", help="names of the labels 0, 1, ...")
 
+
+def _add_goal(parser: argparse.ArgumentParser) -> None:
     goal = parser.add_argument_group("what is learned")
     goal.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts (default v)")
     goal.add_argument(
@@ -58,34 +65,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cosine",
         help="noise schedule, unused by flow (default cosine)",
     )
-    add(goal, "--schedule-steps", int, "timesteps of the schedule")
-    add(goal, "--snr-cap", float, "weight noise levels by min(snr, X); not weighted if left out")
-    add(goal, "--label-dropout", float, "share of labels hidden, so that guidance works")
+    _add(goal, "--schedule-steps", int, "timesteps of the schedule")
+    _add(goal, "--snr-cap", float, "weight noise levels by min(snr, X); not weighted if left out")
+    _add(goal, "--label-dropout", float, "share of labels hidden, so that guidance works")
     goal.add_argument("--flip", action="store_true", help="mirror every other image, left to right")
 
     network = parser.add_argument_group("network")
-    add(network, "--channels", _integers, "channels of each level; each level halves the image")
-    add(network, "--layers", int, "residual blocks in each level")
-    add(network, "--attention", _integers, "image sizes at which levels have self-attention; 'none' for none")
-    add(network, "--head-dim", int, "channels of an attention head")
-    add(network, "--groups", int, "groups of every normalisation")
+    _add(network, "--channels", _integers, "channels of each level; each level halves the image")
+    _add(network, "--layers", int, "residual blocks in each level")
+    _add(network, "--attention", _integers, "image sizes at which levels have self-attention; 'none' for none")
+    _add(network, "--head-dim", int, "channels of an attention head")
+    _add(network, "--groups", int, "groups of every normalisation")
 
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--steps", type=int, required=True, metavar="X", help="steps of the whole run")
-    add(optimizer, "--batch", int, "images in each step")
-    add(optimizer, "--parts", int, "compute each batch in X parts side by side; set --threads to 1 then")
-    add(optimizer, "--lr", float, "highest learning rate")
-    add(optimizer, "--warmup", int, "steps over which the learning rate rises; a cosine takes it to 0 afterwards")
-    add(optimizer, "--weight-decay", float, "weight decay of AdamW")
-    add(optimizer, "--beta2", float, "second beta of AdamW")
-    add(optimizer, "--clip", float, "largest norm of the gradient")
-    add(optimizer, "--ema", float, "decay of the averaged weights, which are the model that is written")
+    _add(optimizer, "--batch", int, "images in each step")
+    _add(optimizer, "--parts", int, "compute each batch in X parts side by side; set --threads to 1 then")
+    _add(optimizer, "--lr", float, "highest learning rate")
+    _add(optimizer, "--warmup", int, "steps over which the learning rate rises; a cosine takes it to 0 afterwards")
+    _add(optimizer, "--weight-decay", float, "weight decay of AdamW")
+    _add(optimizer, "--beta2", float, "second beta of AdamW")
+    _add(optimizer, "--clip", float, "largest norm of the gradient")
+    _add(optimizer, "--ema", float, "decay of the averaged weights, which are the model that is written")
 
     run = parser.add_argument_group("run")
-    add(run, "--holdout", int, "images kept aside to measure the validation loss")
-    add(run, "--evaluate-every", int, "steps between validations; each also writes the model and the state")
-    add(run, "--patience", int, "end after X validations without improvement; 0 never does")
-    add(run, "--seed", int, "seed of every random choice")
+    _add(run, "--holdout", int, "images kept aside to measure the validation loss")
+    _add(run, "--evaluate-every", int, "steps between validations; each also writes the model and the state")
+    _add(run, "--patience", int, "end after X validations without improvement; 0 never does")
+    _add(run, "--seed", int, "seed of every random choice")
     run.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="arithmetic (default bfloat16)")
     run.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     run.add_argument("--threads", type=int, metavar="X", help="processor threads (default: torch's choice)")
@@ -156,12 +165,3 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(prog="fastdiff train")
-    add_arguments(_parser)
-    try:
-        sys.exit(main(_parser.parse_args()))
-    except InputError as _error:
-        _parser.exit(2, f"fastdiff train: {_error}\n")

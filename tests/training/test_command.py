@@ -67,7 +67,7 @@ def test_killed_process_resumes_bit_for_bit(data, tmp_path):
     out, whole = tmp_path / "m.safetensors", tmp_path / "whole.safetensors"
     options = "--steps 100000 --evaluate-every 5"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastdiff.training.command", *arguments(data, out, options)],
+        [sys.executable, "-c", "from fastdiff.cli import main; main()", "train", *arguments(data, out, options)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
