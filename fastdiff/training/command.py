@@ -80,7 +80,9 @@ def _add_goal(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     optimizer = parser.add_argument_group("optimizer")
-    optimizer.add_argument("--steps", type=int, required=True, metavar="X", help="steps of the whole run")
+    optimizer.add_argument(
+        "--steps", type=int, required=True, metavar="X", help="steps of the whole run; may change with --resume"
+    )
     _add(optimizer, "--batch", int, "images in each step")
     _add(optimizer, "--parts", int, "compute each batch in X parts side by side; set --threads to 1 then")
     _add(optimizer, "--lr", float, "highest learning rate")

@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A run's settings; a resumed run must have the same.
+    """A run's settings; a resumed run must have the same, but for steps.
 
     parts          each batch is computed in this many parts, side by side on the CPU: one slow core then does not hold
                    up every layer of the other

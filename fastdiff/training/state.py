@@ -32,7 +32,11 @@ def update_ema(average: torch.nn.Module, network: torch.nn.Module, decay: float)
 
 @dataclass
 class Progress:
-    """Where a run stands. history: (step, training loss since the last evaluation, validation loss or None)."""
+    """Where a run stands.
+
+    history   (step, training loss since the last evaluation, validation loss or None)
+    lengths   (steps done, steps of the whole run) whenever a resumed run was made longer or shorter
+    """
 
     step: int = 0
     loss_sum: float = 0.0
@@ -41,6 +45,7 @@ class Progress:
     stale: int = 0
     history: list[tuple[int, float, float | None]] = field(default_factory=list)
     finished: bool = False
+    lengths: list[tuple[int, int]] = field(default_factory=list)
 
 
 def save_state(
@@ -53,7 +58,7 @@ def save_state(
 
 
 def load_state(path: Path, *, settings: dict[str, Any], fingerprint: str) -> tuple[dict[str, Tensor], Progress]:
-    """Read a state written by `save_state` and check that it belongs to these settings and this data.
+    """Read a state written by `save_state` and check that it belongs to these settings, save "steps", and this data.
 
     Errors: CheckpointError for a missing, truncated or foreign file, or one of another run.
     """
@@ -70,7 +75,7 @@ def load_state(path: Path, *, settings: dict[str, Any], fingerprint: str) -> tup
     changed = [
         f"{name} was {header['settings'].get(name)!r} and is {settings.get(name)!r}"
         for name in sorted(header["settings"].keys() | settings.keys())
-        if header["settings"].get(name) != settings.get(name)
+        if name != "steps" and header["settings"].get(name) != settings.get(name)
     ]
     if changed:
         raise CheckpointError(f"{path}: belongs to a run with other settings: {'; '.join(changed)}")
@@ -78,4 +83,10 @@ def load_state(path: Path, *, settings: dict[str, Any], fingerprint: str) -> tup
         raise CheckpointError(f"{path}: belongs to a run on other data; resume with the data it began with")
     progress = Progress(**header["progress"])
     progress.history = [(step, loss, validation) for step, loss, validation in progress.history]
+    progress.lengths = [(done, steps) for done, steps in progress.lengths]
+    if settings["steps"] < progress.step:
+        raise CheckpointError(f"{path}: stands at step {progress.step}, beyond the {settings['steps']} asked for")
+    if settings["steps"] != header["settings"]["steps"]:
+        progress.lengths.append((progress.step, settings["steps"]))
+        progress.finished = False
     return tensors, progress

@@ -55,7 +55,8 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
 class Trainer:
     """One run: `Trainer(settings, data, out).run()` trains to the end and leaves the averaged weights at `out`.
 
-    resume  continue from the training state beside `out`; everything comes out as if the run had not stopped
+    resume  continue from the training state beside `out`; everything comes out as if the run had not stopped. With
+            another number of steps the learning rate follows the new number from there on
     device  where the network lives; random choices are made on the CPU, the same on every device
 
     Errors: InputError for settings that do not fit the data, an unwritable `out`, a state of another run.
@@ -221,7 +222,8 @@ class Trainer:
     def _save(self) -> None:
         # The model first: if the run is killed between the two, resuming from the older state writes it again.
         if self.progress.history:
-            save_model(self.model(), self.outputs.model, training=self.settings.to_dict())
+            lengths = {"lengths": self.progress.lengths} if self.progress.lengths else {}
+            save_model(self.model(), self.outputs.model, training=self.settings.to_dict() | lengths)
         save_state(
             self.outputs.state,
             self._tensors(),

@@ -48,13 +48,21 @@ def test_state_round_trip_is_exact(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "fingerprint", "message"),
-    [({"steps": 11, "lr": 0.001}, "f", "steps was 10 and is 11"), (SETTINGS, "g", "other data")],
+    [({"steps": 10, "lr": 0.002}, "f", "lr was 0.001 and is 0.002"), (SETTINGS, "g", "other data")],
     ids=["settings", "data"],
 )
 def test_state_of_another_run(tmp_path, settings, fingerprint, message):
     write(tmp_path / "a")
     with pytest.raises(CheckpointError, match=message):
         load_state(tmp_path / "a", settings=settings, fingerprint=fingerprint)
+
+
+def test_a_run_may_be_made_longer_or_shorter(tmp_path):
+    write(tmp_path / "a")
+    _, progress = load_state(tmp_path / "a", settings=SETTINGS | {"steps": 4}, fingerprint="f")
+    assert progress.lengths == [(4, 4)]
+    with pytest.raises(CheckpointError, match="stands at step 4, beyond the 3 asked for"):
+        load_state(tmp_path / "a", settings=SETTINGS | {"steps": 3}, fingerprint="f")
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "text", "foreign"])
