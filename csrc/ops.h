@@ -86,11 +86,11 @@ FASTDIFF_CAPABILITIES(FASTDIFF_DECLARE)
 #ifdef FASTDIFF_CUDA
 namespace cuda {
 
-// Each csrc/cuda/*.cu defines its launcher; `stream` is a cudaStream_t.
-void sampler_step(const StepArgs& args, void* stream);
-void add_noise(const NoiseArgs& args, void* stream);
-void philox_normal(const NoiseArgs& args, void* stream);
-void group_norm_silu(const GroupNormArgs& args, void* stream, void* workspace);
+// Each csrc/cuda/*.cu defines its launcher; `stream` is a cudaStream_t, what comes back a cudaError_t.
+int sampler_step(const StepArgs& args, void* stream);
+int add_noise(const NoiseArgs& args, void* stream);
+int philox_normal(const NoiseArgs& args, void* stream);
+int group_norm_silu(const GroupNormArgs& args, void* stream, void* workspace);
 int64_t group_norm_silu_workspace(const GroupNormArgs& args);  // bytes
 
 }  // namespace cuda

@@ -25,7 +25,11 @@ FASTDIFF_HOST_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
 // Ten rounds, in place: the counter c becomes the four random words.
 FASTDIFF_HOST_DEVICE void words(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
   constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u, W0 = 0x9E3779B9u, W1 = 0xBB67AE85u;
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (uint32_t round = 0; round < 10; ++round) {
     const uint32_t high0 = multiply_high(M0, c0), low0 = M0 * c0;
     const uint32_t high1 = multiply_high(M1, c2), low1 = M1 * c2;

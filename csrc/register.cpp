@@ -5,6 +5,7 @@
 #include <torch/extension.h>
 
 #ifdef FASTDIFF_CUDA
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -70,10 +71,12 @@ Capability capability() {
 #endif
 
 #ifdef FASTDIFF_CUDA
+void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+
 #define LAUNCH(FUNCTION, TENSOR, ...)                                               \
   if ((TENSOR).is_cuda()) {                                                         \
     const c10::cuda::CUDAGuard guard((TENSOR).device());                            \
-    cuda::FUNCTION(__VA_ARGS__, at::cuda::getCurrentCUDAStream().stream());         \
+    check(cuda::FUNCTION(__VA_ARGS__, c10::cuda::getCurrentCUDAStream().stream())); \
   } else
 #else
 #define LAUNCH(FUNCTION, TENSOR, ...)
@@ -208,7 +211,7 @@ std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups, 
   if (x.is_cuda()) {
     const c10::cuda::CUDAGuard guard(x.device());
     const Tensor workspace = at::empty({cuda::group_norm_silu_workspace(args)}, x.options().dtype(at::kByte));
-    cuda::group_norm_silu(args, at::cuda::getCurrentCUDAStream().stream(), workspace.data_ptr());
+    check(cuda::group_norm_silu(args, c10::cuda::getCurrentCUDAStream().stream(), workspace.data_ptr()));
     return {y, sum};
   }
 #endif

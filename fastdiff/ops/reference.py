@@ -96,7 +96,7 @@ def group_norm_silu(
         h = h.contiguous()  # PyTorch 2.13 crashes in the channels-last backward of an input that needs no gradient
     scale = None if weight is None else weight.to(h.dtype)
     shift = None if bias is None else bias.to(h.dtype)
-    y = F.group_norm(h, groups, scale, shift, eps)
+    y = torch.group_norm(h, groups, scale, shift, eps)  # F.group_norm refuses a group of one element
     layout = memory_format(x)
     y = (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=layout)
     if not return_sum:
