@@ -46,6 +46,7 @@ class Build(BuildExtension):
         self.build_temp = f"build/objects-{sys.implementation.cache_tag}"
 
     def build_extension(self, extension) -> None:
+        extension.extra_objects = []
         for capability, flags in CAPABILITIES.items():
             flags = [*CXX_FLAGS, *flags, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
             extension.extra_objects += self.compiler.compile(

@@ -209,7 +209,7 @@ def _class_of_name(label: str, class_names: Sequence[str]) -> int:
 
 def _options(texts: Sequence[str], method: str) -> dict[str, Any]:
     """From NAME=VALUE: each value a number, true, false, null or else a word."""
-    known = (*samplers.find(method).options, *samplers.GRID_OPTIONS)
+    known = (*samplers.find(method).options, "clip", *samplers.GRID_OPTIONS)
     options = {}
     for text in texts:
         name, separator, value = text.partition("=")
