@@ -23,28 +23,12 @@ def squares(count=192):
     return ImageSet(images, labels, 2)
 
 
-class FixedShift:
-    """Stands for a generator whose draws are known: the shift first, then whether to mirror."""
-
-    def __init__(self, rows, columns, mirror):
-        self.draws, self.mirror = iter((rows, columns)), mirror
-
-    def integers(self, low, high, n):
-        return np.full(n, next(self.draws))
-
-    def random(self, n):
-        return np.full(n, 0.0 if self.mirror else 1.0)
-
-
-@pytest.mark.parametrize(("rows", "columns", "mirror"), [(2, 2, False), (2, 2, True), (1, 4, False), (0, 3, True)])
-def test_shift_moves_and_mirrors(rows, columns, mirror):
-    images = torch.rand(3, 1, 28, 28)
-    expected = torch.full((3, 1, 32, 32), -1.0)
-    expected[:, :, 2:30, 2:30] = images
-    expected = expected[:, :, rows : rows + 28, columns : columns + 28]
-    if mirror:
-        expected = expected.flip(3)
-    assert torch.equal(quality.shifted(images, FixedShift(rows, columns, mirror)), expected)
+def test_half_of_the_images_are_mirrored():
+    images = torch.rand(200, 1, 4, 4)
+    seen = quality.mirrored(images, np.random.default_rng(0))
+    turned = (seen == images.flip(3)).flatten(1).all(dim=1)
+    assert torch.equal(seen[~turned], images[~turned])
+    assert 70 <= turned.sum() <= 130
 
 
 def test_classifier_learns_and_repeats_itself(monkeypatch):
