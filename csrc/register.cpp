@@ -43,6 +43,7 @@ int64_t inner_of(const Tensor& x) { return channels_last(x) ? x.size(1) : 1; }
 Tensor dense(const Tensor& x) {
   if (x.is_contiguous()) return x;
   if (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)) return x;
+  if (x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d)) return x;
   return x.contiguous();
 }
 
