@@ -18,6 +18,15 @@ from fastdiff.ops import reference
 SHAPES = [(1, 1), (2, 3), (3, 5), (2, 1023), (3, 3, 5, 7), (2, 4, 33, 32), (2, 2, 3, 4, 5)]
 SEEDS = torch.tensor([5, -6, 2**40])
 STEP, STREAM = 9, 2
+BLOCKS = (2, 4, 33, 32)  # more than one block of every kernel
+CASES = [
+    pytest.param(dtype, noise, shape, layout, id=f"{dtype}-{noise}-{'x'.join(map(str, shape))}-{layout}")
+    for dtype in DTYPES
+    for noise in ("drawn", *DTYPES)
+    for shape in SHAPES
+    for layout in LAYOUTS
+    if (noise in ("drawn", dtype) or shape == BLOCKS) and (layout == "contiguous" or len(shape) > 3)
+]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> tuple[Tensor, Tensor, Tensor]:
@@ -32,17 +41,9 @@ def noised(target: Target, x: Tensor, alpha: Tensor, sigma: Tensor, **options: T
         return ops.add_noise(*target.move((x, alpha, sigma)), **target.move(options)).cpu()
 
 
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [(shape, layout) for shape in SHAPES for layout in LAYOUTS if layout == "contiguous" or len(shape) > 3],
-    ids=str,
-)
-@pytest.mark.parametrize("noise_dtype", ["drawn", *DTYPES])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "noise_dtype", "shape", "layout"), CASES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_truth(target: Target, dtype: str, noise_dtype: str, shape: tuple[int, ...], layout: str) -> None:
-    if target.backend == "triton" and noise_dtype not in ("drawn", dtype) and shape != (2, 4, 33, 32):
-        pytest.skip("the interpreter is slow: mixed dtypes on one shape")
     x, alpha, sigma = inputs(shape, DTYPES[dtype], layout)
     if noise_dtype == "drawn":
         given = {"seeds": SEEDS[: shape[0]], "step": STEP, "stream": STREAM}
