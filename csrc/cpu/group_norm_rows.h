@@ -1,0 +1,106 @@
+// Channels-last tensors: rows of channels. The moments of each channel over parts of the rows are merged over the parts
+// and then over the group.
+#pragma once
+
+#include "cpu/group_norm_apply.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace fastdiff::cpu::CPU_CAPABILITY {
+
+constexpr int64_t PART_SIZE = 32768;  // elements of a part of a sample, about
+constexpr int64_t MAX_PARTS = 64;     // of a sample
+
+template <class T, bool SILU, bool PLAIN>
+class Rows {
+ public:
+  explicit Rows(const GroupNormArgs& args)
+      : args_(args),
+        tensors_(args),
+        stride_(ceil_divide(args.channels, BLOCK) * BLOCK),
+        part_rows_(larger(ceil_divide(PART_SIZE, args.channels), ceil_divide(args.spatial, MAX_PARTS))),
+        parts_(ceil_divide(args.spatial, part_rows_)),
+        tables_(args.samples * (3 * parts_ + 4) * stride_),
+        moments_(args.samples * parts_) {}
+
+  // The second pass goes backwards through a thread's parts: the last ones are still in its cache. Slabs of a few
+  // channels, which would stay there whole, were slower: short rows defeat the prefetcher.
+  void run() const {
+    const int64_t threads = args_.threads, all_parts = args_.samples * parts_, vectors = stride_ / LANES;
+    const auto begin_of = [&](int64_t share) { return all_parts * share / threads; };
+    parallel_for(threads, args_.threads, [&](int64_t share) {
+      for (int64_t i = begin_of(share); i < begin_of(share + 1); ++i) take_moments(i);
+    });
+    parallel_for(args_.samples * vectors, args_.threads, [&](int64_t i) { merge_parts(i / vectors, i % vectors); });
+    parallel_for(args_.samples * args_.groups, args_.threads,
+                 [&](int64_t i) { finish_group(i / args_.groups, i % args_.groups); });
+    parallel_for(threads, args_.threads, [&](int64_t share) {
+      for (int64_t i = begin_of(share + 1) - 1; i >= begin_of(share); --i) apply(i);
+    });
+  }
+
+ private:
+  static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  // Parts are counted over all samples.
+  int64_t offset(int64_t part, int64_t row) const {
+    return (part / parts_ * args_.spatial + part % parts_ * part_rows_ + row) * args_.channels;
+  }
+
+  int64_t rows_of(int64_t part) const { return smaller(part_rows_, args_.spatial - part % parts_ * part_rows_); }
+
+  float* moments_table(int64_t part) const { return tables_.data() + 3 * part * stride_; }
+
+  PerChannel coefficients(int64_t sample) const {
+    return {tables_.data() + (3 * args_.samples * parts_ + 4 * sample) * stride_, stride_};
+  }
+
+  void take_moments(int64_t part) const {
+    float* table = moments_table(part);
+    moments_[part] = {table, table + stride_, table + 2 * stride_, rows_of(part)};
+    row_moments(tensors_.source, offset(part, 0), args_.channels, moments_[part]);
+  }
+
+  // Leaves a channel's sums in those of the sample's first part.
+  void merge_parts(int64_t sample, int64_t vector) const {
+    const ChannelMoments* parts = moments_.data() + sample * parts_;
+    const int64_t c = vector * LANES;
+    const MergedChannels merged = merge_rows(parts, parts_, c);
+    write(merged.distance, parts->sum + c);
+    write(merged.squares, parts->squares + c);
+    // For the padding: what lies there by chance may be subnormal, which is slow to compute with.
+    for (int64_t i = 0; i < 4; ++i) write(Floats{}, coefficients(sample).table + i * stride_ + c);
+  }
+
+  void finish_group(int64_t sample, int64_t group) const {
+    const int64_t size = args_.channels / args_.groups, begin = group * size;
+    const ChannelMoments& merged = moments_[sample * parts_];
+    Moments whole;
+    for (int64_t c = begin; c < begin + size; ++c) {
+      const int64_t at = slot<T>(c);
+      const double mean = static_cast<double>(merged.near[at]) + merged.sum[at];
+      const double addend = parameter(args_.addend, sample * args_.channels + c, 0.0);
+      whole.merge({static_cast<double>(args_.spatial), mean + addend, merged.squares[at]});
+    }
+    const double inverse = inverse_deviation(args_, whole);
+    for (int64_t c = begin; c < begin + size; ++c) {
+      coefficients(sample).set(slot<T>(c), affine(args_, whole.mean, inverse, sample, c));
+    }
+  }
+
+  void apply(int64_t part) const {
+    const PerChannel k = coefficients(part / parts_);
+    const int64_t count = rows_of(part);
+    for (int64_t i = 0; i < count; ++i) {
+      tensors_.apply(offset(part, tensors_.downwards ? count - 1 - i : i), args_.channels, k);
+    }
+  }
+
+  const GroupNormArgs& args_;
+  const Tensors<T, SILU, PLAIN> tensors_;
+  const int64_t stride_, part_rows_, parts_;
+  const Scratch<float> tables_;
+  const Scratch<ChannelMoments> moments_;
+};
+
+}  // namespace fastdiff::cpu::CPU_CAPABILITY
