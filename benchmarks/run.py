@@ -110,11 +110,10 @@ def run_case(
 
 
 def _build(case: Case, device: torch.device) -> Work | None:
-    needs = ("sampler_step", "sampling")
-    if case.operator in needs and importlib.util.find_spec("diffusers") is None:
-        return _skip(case, "diffusers is not installed")
     if case.operator != "sampling":
         return operators.BUILDERS[case.operator](case, device)
+    if importlib.util.find_spec("diffusers") is None:
+        return _skip(case, "diffusers is not installed")
     try:
         return sampling.build(case, device)
     except CheckpointError as error:

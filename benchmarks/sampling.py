@@ -75,6 +75,7 @@ def diffusers_network(model: Any) -> torch.nn.Module:
     """The library's own class with the model's weights."""
     import diffusers
 
+    diffusers.utils.logging.set_verbosity_error()
     config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
     network = getattr(diffusers, model.network.config["_class_name"])(**config)
     network.load_state_dict(model.network.state_dict())

@@ -1,14 +1,18 @@
 """A sampler's step in the middle of a run: diffusers' `scheduler.step` against the same row of a table.
 
-The scheduler is put into the state it has at that step before every call, so that each call is the same step.
+The scheduler is put into the state it has at that step before every call, so that each call is the same step. Without
+diffusers the baseline is the row in plain PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.work import Work
 from fastdiff import ops, samplers, schedules
 from fastdiff.ops import reference
+from fastdiff.ops.row import INPUTS, NEW_X, PREDICTION
 from fastdiff.parameterization import Linear
 from fastdiff.samplers.table import make_row
 
@@ -34,6 +39,7 @@ class State:
 
 
 Step = Callable[[State], Tensor]
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def build(case: Case, device: torch.device) -> Work:
@@ -44,7 +50,7 @@ def build(case: Case, device: torch.device) -> Work:
     # the case's dtype with them; values that both can hold make the comparison exact.
     state = State(x.to(dtype), m.to(dtype), last.to(dtype).float(), (h1.to(dtype).float(), h2.to(dtype).float()))
     theirs = State(state.x, state.m, last.to(dtype), (h1.to(dtype), h2.to(dtype)))
-    step, row = _CONTENDERS[case.variant]()
+    row, step = _CASES[case.variant]()
     table = torch.tensor(row, dtype=torch.float32).unsqueeze(0).to(device)
     uses_history, uses_anchor = case.variant != "ddim", case.variant == "unipc"
 
@@ -68,7 +74,10 @@ def build(case: Case, device: torch.device) -> Work:
     read = [state.x, state.m, *(state.history if uses_history else ()), *([state.last] if uses_anchor else ())]
     written = [state.x, *([state.last] if uses_history else ()), *([state.last] if uses_anchor else ())]
     return Work(
-        peers={"diffusers": lambda: step(theirs)},
+        peers={
+            **({} if step is None else {"diffusers": partial(step, theirs)}),
+            "pytorch": partial(_plain, row, state),
+        },
         ours=ours,
         truth=specified(state.x.double(), state.m.double()),
         plain=specified(state.x, state.m),
@@ -76,7 +85,26 @@ def build(case: Case, device: torch.device) -> Work:
     )
 
 
+def _plain(row: Array, state: State) -> Tensor:
+    """The row as an expression in float32, an operation at a time."""
+    values = {"x": state.x.float(), "m": state.m.float(), "anchor": state.last}
+    values |= {"hist1": state.history[0], "hist2": state.history[1]}
+    of_x, of_m = row[PREDICTION].tolist()
+    values["D"] = of_x * values["x"] + of_m * values["m"]
+    terms = zip(INPUTS, row[NEW_X].tolist(), strict=True)
+    new = None
+    for name, coefficient in terms:
+        if coefficient != 0.0:
+            term = coefficient * values[name]
+            new = term if new is None else new + term
+    assert new is not None
+    return new.to(state.x.dtype)
+
+
 def _scheduler(name: str, **options: Any) -> Any:
+    """A scheduler of diffusers before its first step; None where the library is not installed."""
+    if find_spec("diffusers") is None:
+        return None
     import diffusers
 
     scheduler = getattr(diffusers, name)(**BETAS, **options)
@@ -84,36 +112,38 @@ def _scheduler(name: str, **options: Any) -> Any:
     return scheduler
 
 
-def _table_row(method: str, **options: Any) -> Any:
+def _table_row(method: str, **options: Any) -> Array:
     options = {**samplers.find(method).diffusers, **options}
     return samplers.build(method, schedule=schedules.scaled_linear(1000), steps=STEPS, **options).rows[INDEX]
 
 
-def _ddim() -> tuple[Step, Any]:
+def _ddim() -> tuple[Array, Step | None]:
     scheduler = _scheduler("DDIMScheduler", clip_sample=False)
-    t = scheduler.timesteps[INDEX]
 
     def step(state: State) -> Tensor:
-        return scheduler.step(state.m, t, state.x, return_dict=False)[0]
+        return scheduler.step(state.m, scheduler.timesteps[INDEX], state.x, return_dict=False)[0]
 
-    return step, _table_row("ddim", clip=None)
+    return _table_row("ddim", clip=None), None if scheduler is None else step
 
 
-def _dpmpp_2m() -> tuple[Step, Any]:
+def _dpmpp_2m() -> tuple[Array, Step | None]:
     scheduler = _scheduler("DPMSolverMultistepScheduler")
-    t = scheduler.timesteps[INDEX]
 
     def step(state: State) -> Tensor:
         scheduler._step_index = INDEX
         scheduler.lower_order_nums = 2
         scheduler.model_outputs = [state.history[1], state.history[0]]
-        return scheduler.step(state.m, t, state.x, return_dict=False)[0]
+        return scheduler.step(state.m, scheduler.timesteps[INDEX], state.x, return_dict=False)[0]
 
-    return step, _table_row("dpmpp_2m")
+    return _table_row("dpmpp_2m"), None if scheduler is None else step
 
 
-def _unipc() -> tuple[Step, Any]:
+def _unipc() -> tuple[Array, Step | None]:
     scheduler = _scheduler("UniPCMultistepScheduler")
+    if scheduler is None:
+        # Its shape is what counts: the same inputs and outputs, with numbers of the usual size.
+        used = {"D": 0.4, "anchor": 0.7, "hist1": -0.2, "hist2": 0.1}
+        return make_row(Linear(1.1, -0.5), used, history={"D": 1.0}, anchor=used), None
     times = scheduler.timesteps
 
     def step(state: State) -> Tensor:
@@ -124,10 +154,10 @@ def _unipc() -> tuple[Step, Any]:
         scheduler.last_sample = state.last
         return scheduler.step(state.m, times[INDEX], state.x, return_dict=False)[0]
 
-    return step, _probed_row(scheduler, step)
+    return _probed_row(scheduler, step), step
 
 
-def _probed_row(scheduler: Any, step: Step) -> Any:
+def _probed_row(scheduler: Any, step: Step) -> Array:
     """The row of a linear step that no table of ours has yet: its response to each input alone."""
 
     def response(index: int) -> tuple[float, float]:
@@ -143,4 +173,4 @@ def _probed_row(scheduler: Any, step: Step) -> Any:
     return make_row(data, new_x, history={"D": 1.0}, anchor=corrected)
 
 
-_CONTENDERS: dict[str, Callable[[], tuple[Step, Any]]] = {"ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "unipc": _unipc}
+_CASES: dict[str, Callable[[], tuple[Array, Step | None]]] = {"ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "unipc": _unipc}

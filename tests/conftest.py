@@ -29,3 +29,11 @@ def _poisoned_memory() -> object:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def many_threads() -> object:
+    """The number of threads may change inside the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

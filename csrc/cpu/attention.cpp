@@ -40,6 +40,8 @@ class Arena {
 
 thread_local Arena arena;
 
+constexpr int64_t IN_PLACE = 4;  // blocks of queries up to which packing does not pay
+
 template <class Math>
 class Worker {
   using Element = typename Math::Element;
@@ -73,19 +75,39 @@ class Worker {
   void run(int64_t sample, int64_t head, int64_t query) {
     if (sample != sample_ || head != head_) {
       sample_ = sample, head_ = head;
-      pack_keys(args_.k, start(args_.k_strides), args_.k_strides[2], args_.keys, args_.dim, k_);
-      pack_values(args_.v, start(args_.v_strides), args_.v_strides[2], args_.keys, args_.dim, v_);
+      load_head();
     }
     const int64_t count = std::min(MAX_QUERIES, args_.queries - query);
-    const bool masked = args_.mask || args_.mask_bool;
-    if (count > MAX_QUERIES / 2)
-      return masked ? block<COLUMNS, true>(query, count) : block<COLUMNS, false>(query, count);
-    if (count > LANES) return masked ? block<COLUMNS / 2, true>(query, count) : block<COLUMNS / 2, false>(query, count);
-    return masked ? block<1, true>(query, count) : block<1, false>(query, count);
+    if (args_.mask || args_.mask_bool) return blocks<COLUMNS, true>(query, count);
+    blocks<COLUMNS, false>(query, count);
   }
 
  private:
+  void load_head() {
+    const int64_t k = start(args_.k_strides), v = start(args_.v_strides);
+    if constexpr (Math::PAIR == 1) {
+      // float32 that is read a few times only is read where it lies.
+      if (args_.k.type == Type::F32 && args_.queries <= IN_PLACE * MAX_QUERIES) {
+        const Element *keys = static_cast<float*>(args_.k.data) + k, *values = static_cast<float*>(args_.v.data) + v;
+        loaded_ = {keys, values, args_.k_strides[2], args_.v_strides[2], args_.keys, args_.dim, steps_};
+        return;
+      }
+    }
+    pack_keys(args_.k, k, args_.k_strides[2], args_.keys, args_.dim, k_);
+    pack_values(args_.v, v, args_.v_strides[2], args_.keys, args_.dim, v_);
+    loaded_ = {k_, v_, steps_, args_.dim, args_.keys, args_.dim, steps_};
+  }
+
   int64_t start(const int64_t (&strides)[3]) const { return sample_ * strides[0] + head_ * strides[1]; }
+
+  // The block with the fewest vectors that hold `count` queries.
+  template <int WIDTH, bool MASKED>
+  void blocks(int64_t query, int64_t count) {
+    if constexpr (WIDTH > 1) {
+      if (count <= (WIDTH - 1) * LANES) return blocks<WIDTH - 1, MASKED>(query, count);
+    }
+    block<WIDTH, MASKED>(query, count);
+  }
 
   template <int WIDTH, bool MASKED>
   void block(int64_t query, int64_t count) {
@@ -98,13 +120,14 @@ class Worker {
     };
     Floats inverse[WIDTH];
     const float c = std::fabs(args_.scale) * 1.4426950408889634f;
-    attend<Math, WIDTH, MASKED>(Head<Math>{k_, v_, args_.keys, args_.dim, steps_}, scratch_, c, mask, inverse);
+    attend<Math, WIDTH, MASKED>(loaded_, scratch_, c, mask, inverse);
     const int64_t first = ((sample_ * args_.queries + query) * args_.heads + head_) * args_.dim;
     store_rows(args_, first, count, width, inverse, scratch_);
   }
 
   const AttentionArgs& args_;
   Scratch<Math> scratch_;
+  Head<Math> loaded_;
   Element *k_, *v_;
   int64_t steps_, sample_ = -1, head_ = -1;
 };

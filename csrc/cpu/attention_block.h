@@ -20,11 +20,12 @@ constexpr int64_t MAX_QUERIES = COLUMNS * LANES;
 constexpr int64_t MAX_KEYS = 128;  // in a block: scores and weights stay in the second-level cache
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-// Keys and values of one head, packed: k (keys, k_steps), v (value_steps, dim); one element holds Math::PAIR values.
+// Keys and values of one head: k (keys, k_steps), v (value_steps, dim), rows k_stride and v_stride apart; one element
+// holds Math::PAIR values.
 template <class Math>
 struct Head {
   const typename Math::Element *k, *v;
-  int64_t keys, dim, k_steps;
+  int64_t k_stride, v_stride, keys, dim, k_steps;
 };
 
 // Memory of one thread; `width` is the number of queries in the block, rounded up to whole vectors.
@@ -44,7 +45,7 @@ inline void score(const Head<Math>& head, const Scratch<Math>& scratch, int64_t 
                   Floats (&largest)[WIDTH]) {
   for_tiles<TILE_ROWS<WIDTH>>(0, keys, [&]<int ROWS>(int64_t key) {
     Floats sum[ROWS][WIDTH] = {};
-    multiply<Math>(head.k + (first + key) * head.k_steps, head.k_steps, 1, scratch.q, head.k_steps, sum);
+    multiply<Math>(head.k + (first + key) * head.k_stride, head.k_stride, 1, scratch.q, head.k_steps, sum);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
@@ -99,7 +100,7 @@ inline void accumulate(const Head<Math>& head, const Scratch<Math>& scratch, int
         for (int w = 0; w < WIDTH; ++w) sum[r][w] = get(out + (r * WIDTH + w) * LANES) * alpha[w];
       }
     }
-    multiply<Math>(head.v + first / Math::PAIR * head.dim + d, 1, head.dim, scratch.weights, steps, sum);
+    multiply<Math>(head.v + first / Math::PAIR * head.v_stride + d, 1, head.v_stride, scratch.weights, steps, sum);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4

@@ -38,7 +38,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def philox_words(seeds: Tensor, blocks: Tensor, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of key = seed and counter = (block low, step, stream, block high): four int64 tensors of words."""
     k0, k1 = seeds & _MASK32, (seeds >> 32) & _MASK32
-    c0, c1, c2, c3 = blocks & _MASK32, torch.full_like(blocks, step), torch.full_like(blocks, stream), blocks >> 32
+    c0, c3 = blocks & _MASK32, (blocks >> 32) & _MASK32
+    c1, c2 = torch.full_like(blocks, step), torch.full_like(blocks, stream)
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (

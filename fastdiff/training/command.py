@@ -17,6 +17,7 @@ from fastdiff.training.settings import DTYPES, Settings
 from fastdiff.training.trainer import Trainer
 
 DESCRIPTION = "Train a diffusion model on your own images and write it to one .safetensors file."
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EPILOG = """\
 examples:
   fastdiff train --data photos/ --size 32 --out photos.safetensors --steps 20000
@@ -50,6 +51,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="PATH", help="folder of images (sub-folders are classes), .npz, or IDX files"
     )
     files.add_argument("--out", required=True, metavar="FILE", help="the model to write, a .safetensors file")
+    files.add_argument(
+        "--store", choices=tuple(STORED), default="float32", help="how --out keeps the weights (default float32)"
+    )
     files.add_argument("--resume", action="store_true", help="continue the run whose state stands beside --out")
     files.add_argument("--size", type=int, metavar="PIXELS", help="crop and resize every image to this size")
     files.add_argument("--split", default="train", help="which split of a folder of IDX files (default train)")
@@ -128,7 +132,8 @@ def main(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     names = None if arguments.class_names is None else [n.strip() for n in arguments.class_names.split(",")]
     data = load_images(arguments.data, size=arguments.size, split=arguments.split, class_names=names)
-    trainer = Trainer(settings, data, out, resume=arguments.resume, device=_device(arguments.device))
+    device, store = _device(arguments.device), STORED[arguments.store]
+    trainer = Trainer(settings, data, out, resume=arguments.resume, device=device, store=store)
     with _stop_signals() as stopped:
         progress = trainer.run(
             stop_after=arguments.stop_after, should_stop=stopped, progress_bar=not arguments.no_progress

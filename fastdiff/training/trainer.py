@@ -58,6 +58,7 @@ class Trainer:
     resume  continue from the training state beside `out`; everything comes out as if the run had not stopped. With
             another number of steps the learning rate follows the new number from there on
     device  where the network lives; random choices are made on the CPU, the same on every device
+    store   the dtype of the weights in the model file; the state is float32
 
     Errors: InputError for settings that do not fit the data, an unwritable `out`, a state of another run.
     """
@@ -70,8 +71,9 @@ class Trainer:
         *,
         resume: bool = False,
         device: torch.device | str = "cpu",
+        store: torch.dtype = torch.float32,
     ) -> None:
-        self.settings, self.data, self.outputs = settings, data, Outputs(Path(out))
+        self.settings, self.data, self.outputs, self.store = settings, data, Outputs(Path(out)), store
         self.device = torch.device(device)
         self.objective = settings.objective()
         train, held_out = split_holdout(data, settings.holdout, settings.seed)
@@ -141,11 +143,11 @@ class Trainer:
                 if state.step % self.settings.evaluate_every == 0 or state.step == self.settings.steps:
                     self._evaluate()
                     self._seconds[state.step] = earlier + time.monotonic() - start
-                    self._save()
+                    if state.step < last:
+                        self._save()
                 bar.update()
                 bar.set_postfix(self._report(loss), refresh=False)
-        if not state.history or state.history[-1][0] != state.step:
-            self._save()
+        self._save()
         return state
 
     def _train_step(self, step: int) -> float:
@@ -223,7 +225,8 @@ class Trainer:
         # The model first: if the run is killed between the two, resuming from the older state writes it again.
         if self.progress.history:
             lengths = {"lengths": self.progress.lengths} if self.progress.lengths else {}
-            save_model(self.model(), self.outputs.model, training=self.settings.to_dict() | lengths)
+            training = self.settings.to_dict() | lengths
+            save_model(self.model(), self.outputs.model, training=training, dtype=self.store)
         save_state(
             self.outputs.state,
             self._tensors(),

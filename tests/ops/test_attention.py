@@ -162,6 +162,7 @@ def test_strides(backend: str) -> None:
     check(backend, *(part.transpose(1, 2) for part in packed.unbind(2)))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_reaches_its_own_query_only(backend: str) -> None:
     q, k, v = (normal(1, 1, 20, 8, seed=seed).to(DEVICE[backend]) for seed in range(3))
@@ -258,6 +259,14 @@ def test_errors(change: dict[str, Tensor], message: str) -> None:
 def test_head_dimension_over_the_limit() -> None:
     with pytest.raises(InputError, match="attention: head dimension is 257; expected 1 to 256"):
         ops.attention(*(torch.zeros(1, 1, 2, 257) for _ in range(3)))
+
+
+def test_choice_on_the_cpu() -> None:
+    """Native code, but PyTorch's kernel for a few float32 queries, where it is the faster."""
+    expected = {(9, torch.float32): "native", (8, torch.float32): "torch", (1, torch.bfloat16): "native"}
+    for (queries, dtype), backend in expected.items():
+        chosen = fastdiff.explain("attention", *inputs(Shape(1, 2, queries, 64, 8), dtype))
+        assert chosen.startswith(f"attention: {backend}\n"), chosen
 
 
 def test_float64_runs_on_pytorch_and_native_says_why_not() -> None:

@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pytest
+import safetensors
+import torch
 
 from fastdiff.errors import InputError
 from fastdiff.models.loading import load_model
@@ -52,6 +54,17 @@ def test_trains_and_reports(data, tmp_path, capsys):
     model = load_model(tmp_path / "m.safetensors")
     assert model.class_names == ("coat", "bag")
     assert model.schedule.name == "flow"
+
+
+def test_weights_can_be_stored_in_half_the_space(data, tmp_path):
+    out = tmp_path / "m.safetensors"
+    train(data, out)
+    whole = load_model(out).network.state_dict()
+    train(data, out, "--resume --store float16")
+    for name, value in load_model(out).network.state_dict().items():
+        assert torch.equal(value, whole[name].half().float())
+    with safetensors.safe_open(out, framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
 
 
 def test_stop_and_resume(data, tmp_path, capsys):

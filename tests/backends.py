@@ -1,0 +1,50 @@
+"""Where an operator's tests run: each backend on the CPU (Triton in its interpreter), and on a GPU if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff
+
+CUDA = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend and the device it runs on."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return self.backend if self.device == "cpu" else f"{self.backend}-{self.device}"
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        if self == Target("native", "cuda") and not fastdiff.ops.native.cuda_built():
+            pytest.skip("the extension was built without CUDA")
+        with fastdiff.use_backend(self.backend):
+            yield
+
+    def move(self, value: Any) -> Any:
+        """Tensors, alone or in a tuple or dict, on the device; the rest as it is."""
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        if isinstance(value, tuple):
+            return tuple(self.move(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self.move(item) for key, item in value.items()}
+        return value
+
+
+NATIVE = Target("native", "cpu")
+INTERPRETED = Target("triton", "cuda" if CUDA else "cpu")
+ON_GPU = pytest.param(Target("native", "cuda"), id="native-cuda", marks=pytest.mark.gpu)
+TARGETS = [pytest.param(target, id=str(target)) for target in (NATIVE, INTERPRETED)] + [ON_GPU]
