@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff.kernels.aot import AotCase
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LEAST = tl.constexpr(-3.4028234663852886e38)
 _ONE_TILE = 128
 _NONE, _BOOL, _ADDED = 0, 1, 2
 
@@ -57,7 +58,9 @@ def _masked(scores, mask, queries, keys, stride_q, stride_k, BLOCK_Q: tl.constex
         if MASK == 1:
             scores = tl.where(values != 0, scores, float("-inf"))
         else:
-            scores += values.to(tl.float32) * _LOG2E
+            # The least float, a common way to mask, stays finite: a row of it is a mean and not zero.
+            values = values.to(tl.float32)
+            scores += tl.where(values == float("-inf"), values, tl.maximum(values * _LOG2E, _LEAST))
     if BOUND:
         scores = tl.where(key < keys, scores, float("-inf"))
     return scores
@@ -219,6 +222,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> T
     strides = [t.stride(d) for t in (q, k, v) for d in range(3)]
     align = 16 // q.element_size()
     main, rest = split(dim)
+    if out.numel() == 0:
+        return out.transpose(1, 2)
     attention_kernel[(triton.cdiv(queries, block_q) * batch * heads,)](
         q, k, v, mask, out, heads, queries, keys, *strides, *((0, 0, 0, 0) if mask is None else mask.stride()),
         scale * _LOG2E.value, DIM=dim, MAIN=main, REST=rest, BLOCK_Q=block_q, BLOCK_K=block_k, TAIL=tail, MASK=kind,

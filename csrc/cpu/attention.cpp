@@ -8,8 +8,10 @@
 #define FASTDIFF_BF16_DOT
 #endif
 
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <new>
 
 #include "attention_pack.h"
 #include "ops.h"
@@ -23,14 +25,14 @@ class Arena {
  public:
   ~Arena() { std::free(data_); }
 
-  char* reserve(int64_t bytes) {
+  // At least so many bytes, or nullptr.
+  void* reserve(int64_t bytes) {
     if (bytes > size_) {
       std::free(data_);
       data_ = std::aligned_alloc(64, round_up(bytes, 64));
-      if (data_ == nullptr) std::abort();
-      size_ = bytes;
+      size_ = data_ == nullptr ? 0 : bytes;
     }
-    return static_cast<char*>(data_);
+    return data_;
   }
 
  private:
@@ -60,7 +62,8 @@ class Worker {
                              padded * LANES};
     int64_t offsets[9] = {};
     for (int i = 0; i < 8; ++i) offsets[i + 1] = offsets[i] + round_up(sizes[i], 16);
-    float* base = reinterpret_cast<float*>(arena.reserve(offsets[8] * 4));
+    float* base = static_cast<float*>(arena.reserve(offsets[8] * 4));
+    if (base == nullptr) return;
     k_ = reinterpret_cast<Element*>(base);
     v_ = reinterpret_cast<Element*>(base + offsets[1]);
     scratch_.q = reinterpret_cast<Element*>(base + offsets[2]);
@@ -70,6 +73,8 @@ class Worker {
     scratch_.out = base + offsets[6];
     scratch_.rows = base + offsets[7];
   }
+
+  bool ready() const { return k_ != nullptr; }
 
   // The block of queries from `query` on, of head `head` of sample `sample`.
   void run(int64_t sample, int64_t head, int64_t query) {
@@ -119,7 +124,7 @@ class Worker {
       load_mask(args_, offset, count, width, keys, scratch_);
     };
     Floats inverse[WIDTH];
-    const float c = std::fabs(args_.scale) * 1.4426950408889634f;
+    const float c = std::fabs(args_.scale) * LOG2E;
     attend<Math, WIDTH, MASKED>(loaded_, scratch_, c, mask, inverse);
     const int64_t first = ((sample_ * args_.queries + query) * args_.heads + head_) * args_.dim;
     store_rows(args_, first, count, width, inverse, scratch_);
@@ -128,7 +133,7 @@ class Worker {
   const AttentionArgs& args_;
   Scratch<Math> scratch_;
   Head<Math> loaded_;
-  Element *k_, *v_;
+  Element *k_ = nullptr, *v_ = nullptr;
   int64_t steps_, sample_ = -1, head_ = -1;
 };
 
@@ -136,13 +141,19 @@ template <class Math>
 void run(const AttentionArgs& args) {
   const int64_t blocks = (args.queries + MAX_QUERIES - 1) / MAX_QUERIES, tasks = args.batch * args.heads * blocks;
   const int64_t threads = std::min<int64_t>(args.threads, tasks);
+  std::atomic<bool> exhausted = false;
   parallel_for(threads, args.threads, [&](int64_t thread) {
     Worker<Math> worker(args);
+    if (!worker.ready()) {
+      exhausted = true;
+      return;
+    }
     for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
       const int64_t head = task / blocks;
       worker.run(head / args.heads, head % args.heads, task % blocks * MAX_QUERIES);
     }
   });
+  if (exhausted) throw std::bad_alloc();
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ namespace {
 constexpr int COLUMNS = LANES == 16 ? 4 : 2;  // vectors of queries in a full block
 constexpr int64_t MAX_QUERIES = COLUMNS * LANES;
 constexpr int64_t MAX_KEYS = 128;  // in a block: scores and weights stay in the second-level cache
+constexpr float LOG2E = 1.4426950408889634f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 // Keys and values of one head: k (keys, k_steps), v (value_steps, dim), rows k_stride and v_stride apart; one element

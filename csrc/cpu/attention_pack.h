@@ -87,11 +87,16 @@ inline void load_queries(const AttentionArgs& args, int64_t offset, int64_t quer
   }
 }
 
+// An added mask in units of log2. The least float, a common way to mask, stays finite, so that a row of it is a mean
+// and not zero.
+inline float in_log2(float mask) {
+  return mask == -INF ? mask : std::max(mask * LOG2E, std::numeric_limits<float>::lowest());
+}
+
 // mask[query + lane][key] for `keys` keys as scratch.mask (keys, width), in units of log2.
 template <class Math>
 inline void load_mask(const AttentionArgs& args, int64_t offset, int64_t count, int64_t width, int64_t keys,
                       const Scratch<Math>& scratch) {
-  constexpr float log2e = 1.4426950408889634f;
   const int64_t stride = args.mask_strides[3];
   for (int64_t lane = 0; lane < width; lane += LANES) {
     for (int64_t key = 0; key < keys; key += LANES) {
@@ -101,7 +106,7 @@ inline void load_mask(const AttentionArgs& args, int64_t offset, int64_t count, 
         const int64_t start = offset + (lane + r) * args.mask_strides[2] + key * stride;
         for (int64_t i = 0; i < columns; ++i) {
           tile[r * LANES + i] = args.mask_bool ? (args.mask_bool[start + i * stride] ? 0.0f : -INF)
-                                               : static_cast<const float*>(args.mask.data)[start + i * stride] * log2e;
+                                               : in_log2(static_cast<const float*>(args.mask.data)[start + i * stride]);
         }
       }
       to_columns(tile, LANES, scratch.mask + key * width + lane, width, columns);

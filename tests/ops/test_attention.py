@@ -78,6 +78,7 @@ def masks(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
         "own_dtype": bias.to(dtype),
         "keys_inf": torch.zeros(shape.keys).masked_fill(~keep[0, 0, 0], -torch.inf),
         "rows_inf": torch.zeros(rows.shape).masked_fill(~rows, -torch.inf),
+        "rows_least": torch.zeros(rows.shape).masked_fill(~rows, torch.finfo(torch.float32).min),
         "transposed": bias.float().transpose(-1, -2).contiguous().transpose(-1, -2),
     }
 
@@ -112,6 +113,7 @@ def test_many_blocks(backend: str, dtype: torch.dtype, shape: Shape) -> None:
     check(backend, *inputs(shape, dtype))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("mask", masks(SHAPES[0], torch.float32))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,7 +123,7 @@ def test_masks(backend: str, dtype: torch.dtype, mask: str) -> None:
     shape = Shape(2, 2, 19, 150, 40)
     value = masks(shape, dtype)[mask]
     out = check(backend, *inputs(shape, dtype), mask=value)
-    if mask.startswith("rows"):
+    if mask in ("rows", "rows_inf"):
         assert not out[:, :, 0].any()
 
 
@@ -160,6 +162,13 @@ def test_strides(backend: str) -> None:
     check(backend, q, k[:, :1].expand(-1, 3, -1, -1), v[:1].expand(2, -1, -1, -1))
     packed = normal(2, 20, 3, 3, 8, seed=7)
     check(backend, *(part.transpose(1, 2) for part in packed.unbind(2)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend: str) -> None:
+    q, k, v = (normal(0, 2, length, 8).to(DEVICE[backend]) for length in (5, 7, 7))
+    with fastdiff.use_backend({"attention": backend}):
+        assert ops.attention(q, k, v).shape == (0, 2, 5, 8)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
