@@ -15,6 +15,8 @@ import torch
 from benchmarks.work import Contender
 
 LEAST_ROUNDS = 7
+LONGEST = 10
+"""Times the seconds asked for, after which LEAST_ROUNDS no longer counts."""
 WARM_UP = 3
 
 
@@ -38,14 +40,19 @@ def interleave(contenders: Sequence[Contender], device: torch.device, *, seconds
     turns = {contender.name: _Turn(contender, device) for contender in contenders}
     names = list(turns)
     with _no_garbage_collection():
-        end = time.perf_counter() + seconds
+        start = time.perf_counter()
         rounds = 0
-        while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        while _goes_on(rounds, time.perf_counter() - start, seconds):
             first = rounds % len(names)
             for name in names[first:] + names[:first]:
                 turns[name].take()
             rounds += 1
     return {name: turn.timing() for name, turn in turns.items()}
+
+
+def _goes_on(rounds: int, spent: float, seconds: float) -> bool:
+    """Whether there is to be another round: at least LEAST_ROUNDS, but 3 are enough once they take long."""
+    return rounds < 3 or spent < seconds or (rounds < LEAST_ROUNDS and spent < LONGEST * seconds)
 
 
 class _Turn:
@@ -55,8 +62,11 @@ class _Turn:
         self.contender, self.device = contender, device
         self.calls = 1
         self.samples: list[float] = []
-        for _ in range(WARM_UP):
-            once = self._seconds(1)
+        spent = once = self._seconds(1)
+        for _ in range(WARM_UP - 1):
+            if spent < 0.5:
+                once = self._seconds(1)
+                spent += once
         while once < least and self.calls < 10_000:
             self.calls = max(self.calls + 1, min(10 * self.calls, int(self.calls * least / max(once, 1e-9)) + 1))
             once = self._seconds(self.calls)

@@ -16,6 +16,8 @@ from benchmarks.cases import Case
 from benchmarks.work import AUTOMATIC, OURS, Contender, Work
 from fastdiff.errors import BackendError, CheckpointError, InputError
 
+BUSY = 0.5
+"""Load average of the last minute from which other work disturbs the measurement."""
 EPILOG = """\
 Contenders take turns in one process; the figures are medians. A contender whose results are wrong gets no row, and the
 exit status is then 1. Rows of a case measured again replace the old ones, so a CSV can be made in parts with --filter.
@@ -57,6 +59,9 @@ def main(arguments: argparse.Namespace) -> int:
     facts = record.environment(device)
     out = Path(arguments.out) if arguments.out else None if arguments.quick else record.default_path(facts)
     seconds = arguments.seconds or (0.2 if arguments.quick else 2.0)
+    load = os.getloadavg()[0]
+    if load > BUSY and not arguments.quick:
+        print(f"the machine is busy (load {load:.1f}): these figures will not be worth much", file=sys.stderr)
     rows: list[record.Row] = []
     red = 0
     for case in chosen:

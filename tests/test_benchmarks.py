@@ -95,11 +95,11 @@ def test_contenders_take_turns() -> None:
 
         return Contender(name, call)
 
-    timings = measure.interleave([named("a"), named("b")], CPU, seconds=0.0)
+    timings = measure.interleave([named("a"), named("b")], CPU, seconds=0.01)
     turns = [name for index, name in enumerate(order) if index == 0 or order[index - 1] != name]
-    assert len(turns) >= measure.LEAST_ROUNDS
+    assert len(turns) >= 6
     for timing in timings.values():
-        assert timing.rounds == measure.LEAST_ROUNDS
+        assert timing.rounds >= 3
         assert 0 < timing.p20 <= timing.p50 <= timing.p80
 
 
