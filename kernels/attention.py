@@ -263,13 +263,14 @@ def _case(dtype: torch.dtype, dim: int, *, few_keys: bool = False, mask: int = _
         num_warps=warps,
         num_stages=stages,
         matrix=dtype != torch.float32,
+        wide_loads=mask == _NONE,  # a mask is read in the layout of the scores
         divisible=tuple(n for n in names if n not in odd | set(constexprs)),
     )
 
 
 AOT: list[AotCase] = [
-    *(_case(torch.bfloat16, dim) for dim in (16, 40, 64, 80, 128, 160, 256)),
-    *(_case(torch.bfloat16, dim, few_keys=True) for dim in (40, 64, 80, 160)),
+    *(_case(torch.bfloat16, dim) for dim in (16, 40, 80, 128, 160, 256)),
+    *(_case(torch.bfloat16, dim, few_keys=True) for dim in (40, 80, 160)),
     *(_case(torch.bfloat16, dim, mask=_BOOL) for dim in (40, 160)),
     _case(torch.bfloat16, 40, mask=_ADDED, few_keys=True),
     _case(torch.float16, 40),
