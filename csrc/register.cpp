@@ -103,11 +103,11 @@ void step_on_cpu(const StepArgs& args) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
-    const Tensor& x, const Tensor& model_output, const Tensor& table, int64_t row, const OptionalTensor& counter,
+    const Tensor& state, const Tensor& model_output, const Tensor& table, int64_t row, const OptionalTensor& counter,
     const OptionalTensor& anchor, const OptionalTensor& hist1, const OptionalTensor& hist2,
     const OptionalTensor& hist3, const OptionalTensor& noise, const OptionalTensor& seeds, bool new_history,
     bool new_anchor, const OptionalType& model_input) {
-  const Tensor m = dense(model_output);
+  const Tensor x = state.contiguous(), m = dense(model_output);
   const OptionalTensor z = noise ? OptionalTensor(noise->contiguous()) : noise;
   const auto floats = x.options().dtype(at::kFloat);
   const Tensor next_x = at::empty(x.sizes(), x.options());

@@ -1,3 +1,6 @@
+// One row of a StepTable applied to every element, block by block: each input is read once and each output written
+// once. Floor: bytes over the bandwidth of the cache they lie in. DDIM at 1x4x64x64 float32 moves 256 KB (x and m in,
+// x' and the model input out), 3.5 us on one core of a 2.6 GHz EPYC; at 2x4x128x128 2 MB, 19 us on two.
 #include <algorithm>
 #include <cmath>
 

@@ -147,6 +147,22 @@ def test_truth_of_shapes(target: Target, layout: str, shape: tuple[int, ...]) ->
     check(target, arguments(ROWS["everything"], shape, model="bfloat16", guided=guided, layout=layout))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]])
+def test_truth_of_conversions(target: Target, dtype: str) -> None:
+    """Every 16-bit number comes in as it is; numbers around each rounding boundary go out as PyTorch rounds them."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(DTYPES[dtype])
+    bits = numbers.float().view(torch.int32)
+    near = torch.stack([bits, bits + 1, bits + 2**12, bits + 2**15, bits + 2**15 + 1, bits - 1]).view(torch.float32)
+    identity = table({"m": 1.0}, scale=1.0)
+    given = {"x": torch.zeros(1, 2**16), "table": identity, "row": ROW}
+    came = step(target, {**given, "model_output": numbers[None]}).x[0]
+    torch.testing.assert_close(came, numbers.float(), rtol=0, atol=0, equal_nan=True)
+    given["x"] = torch.zeros_like(near)
+    went = step(target, {**given, "model_output": near, "model_input": DTYPES[dtype]}).model_input
+    torch.testing.assert_close(went, near.to(DTYPES[dtype]), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_counter_is_added_to_the_row(target: Target) -> None:
     given = arguments(ROWS["everything"], (2, 3, 5, 7))
