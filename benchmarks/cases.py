@@ -35,7 +35,7 @@ ATTENTIONS = ("self", "cross77")
 NOISED = (16, 4, 64, 64)
 NOISE = ("given", "seeds")
 LOOPS = ("dpmpp_2m-20", "ddim-50")
-LOOP_SHAPE = (8, 1, 28, 28)
+LOOP_SHAPE = (4, 1, 28, 28)
 
 CASES = (
     *(
