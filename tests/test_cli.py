@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import fastdiff
 from fastdiff import cli, config, schedules
+from fastdiff.cli import output
 from fastdiff.models import UNet
 from fastdiff.models.loading import Model, save_model
 
@@ -299,3 +300,15 @@ def test_the_installed_command(checkpoint, tmp_path):
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert out.is_file()
+
+
+def test_grid_puts_each_image_in_its_place():
+    values = np.linspace(-1.0, 1.0, 5, dtype=np.float32)
+    images = np.broadcast_to(values[:, None, None, None], (5, 3, 70, 70)).copy()
+    drawn = output.grid(images, columns=2)
+    assert (drawn.mode, drawn.size) == ("RGB", (2 * 72 + 2, 3 * 72 + 2))
+    for index, value in enumerate((0, 64, 128, 191, 255)):
+        for corner in (2, 71):
+            place = (index % 2 * 72 + corner, index // 2 * 72 + corner)
+            assert drawn.getpixel(place) == (value, value, value)
+    assert drawn.getpixel((1, 1)) == (255, 255, 255)
