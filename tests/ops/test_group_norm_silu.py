@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import NATIVE, TARGETS, Target
 from inputs import DTYPES, normal
 from tolerance import assert_close_to_truth
 from torch import Tensor
 
-import fastdiff
 from fastdiff import ops
 from fastdiff.errors import InputError
 from fastdiff.ops import reference
 
-CUDA = torch.cuda.is_available()
-TARGETS = {"native": "cpu"} | ({"native on cuda": "cuda"} if CUDA else {})
+
+# The interpreter is NumPy, which warns of infinities that a kernel means.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,14 @@ SHAPES = {
     "volume": Shape((1, 16, 3, 5, 6), 4),
     "wide": Shape((1, 70, 2, 3), 2),
 }
-# Several parts, rows and tiles in every kernel; too long for the interpreter in each combination.
 LARGE = {
-    "large": Shape((2, 32, 48, 50), 4),
-    "long group": Shape((1, 6, 130, 131), 2),
-    "many channels": Shape((1, 960, 17, 16), 32),
-    "many rows": Shape((1, 3, 300, 130), 1),
+    "large": Shape((2, 16, 40, 33), 2),
+    "many positions": Shape((1, 2, 370, 370), 1),
+    "many channels": Shape((1, 240, 17, 16), 8),
+    "wide group": Shape((1, 300, 12, 12), 1),
+    "many groups": Shape((1, 200, 12, 13), 200),
 }
+"""Several parts, tiles, chunks or slabs in each kernel."""
 OPTIONS = {
     "plain": {},
     "no silu": {"silu": False},
@@ -112,35 +110,31 @@ def truth(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     )
 
 
-def on(device: str, given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
-
-
-def call(target: str, given: dict[str, Any]) -> Any:
-    moved = on(TARGETS[target], given)
-    with fastdiff.use_backend({"group_norm_silu": target.split()[0]}):
+def call(target: Target, given: dict[str, Any]) -> Any:
+    moved = target.move(given)
+    with target.forced():
         return ops.group_norm_silu(moved.pop("x"), moved.pop("groups"), **moved)
 
 
-def check(target: str, given: dict[str, Any]) -> Tensor:
+def check(target: Target, given: dict[str, Any]) -> Tensor:
     result = call(target, given)
     x, (true_y, true_h) = given["x"], truth(given)
     y = result[0] if given.get("return_sum") else result
     assert y.dtype == x.dtype
     assert y.stride() == x.stride()
-    assert_close_to_truth(y.cpu(), true_y, plainly(given))
+    assert_close_to_truth(y, true_y, plainly(given))
     if given.get("return_sum"):
         h = result[1]
         assert (h.dtype, h.stride()) == (x.dtype, x.stride())
-        assert_close_to_truth(h.cpu(), true_h, true_h.to(x.dtype))
-    return y
+        assert_close_to_truth(h, true_h, true_h.to(x.dtype))
+    return y.cpu()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_options(target: str, dtype: torch.dtype, layout: str, options: dict[str, Any]) -> None:
+def test_truth_of_options(target: Target, dtype: torch.dtype, layout: str, options: dict[str, Any]) -> None:
     given = tensors(SHAPES["odd"], dtype, options)
     check(target, given | {"x": in_layout(given["x"], layout)})
 
@@ -149,33 +143,38 @@ def test_options(target: str, dtype: torch.dtype, layout: str, options: dict[str
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_shapes(target: str, dtype: torch.dtype, layout: str, shape: Shape) -> None:
+def test_truth_of_shapes(target: Target, dtype: torch.dtype, layout: str, shape: Shape) -> None:
     given = tensors(shape, dtype, OPTIONS["sum"])
     check(target, given | {"x": in_layout(given["x"], layout)})
 
 
-@pytest.mark.parametrize("options", ["affine", "sum"])
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_several_parts(target: str, dtype: torch.dtype, layout: str, shape: Shape, options: str) -> None:
-    given = tensors(shape, dtype, OPTIONS[options])
-    check(target, given | {"x": in_layout(given["x"], layout)})
+def test_truth_of_several_parts(target: Target, dtype: torch.dtype, layout: str, shape: Shape) -> None:
+    options = ["affine", "sum"]
+    if target.backend == "triton":  # the interpreter takes its time
+        options = ["sum" if dtype == torch.float32 else "affine"]
+    for option in options:
+        given = tensors(shape, dtype, OPTIONS[option])
+        check(target, given | {"x": in_layout(given["x"], layout)})
 
 
-@pytest.mark.parametrize("shape", ["usual", "odd", "one group", "large", "many rows"])
+@pytest.mark.parametrize("shape", ["usual", "odd", "one group", "large"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_mean_of_100_standard_deviations(target: str, dtype: torch.dtype, layout: str, shape: str) -> None:
+def test_truth_at_a_mean_of_100_standard_deviations(
+    target: Target, dtype: torch.dtype, layout: str, shape: str
+) -> None:
     given = tensors((SHAPES | LARGE)[shape], dtype, OPTIONS["affine"], mean=100.0)
     check(target, given | {"x": in_layout(given["x"], layout)})
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_channels_far_apart(target: str, layout: str) -> None:
+def test_truth_of_channels_far_apart(target: Target, layout: str) -> None:
     """Means that differ from channel to channel, and an outlier where a part begins."""
     given = tensors(LARGE["large"], torch.float32, OPTIONS["addend"])
     given["addend"] = given["addend"] * 1000
@@ -186,7 +185,7 @@ def test_channels_far_apart(target: str, layout: str) -> None:
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "no silu"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_silu_of_extremes(target: str, dtype: torch.dtype, silu: bool) -> None:
+def test_truth_of_extremes(target: Target, dtype: torch.dtype, silu: bool) -> None:
     """Normalised values of -300 to 300, where the exponential over- and underflows, and a constant group."""
     given = tensors(SHAPES["usual"], dtype, {"bias": "own", "silu": silu})
     given["bias"] = torch.linspace(-300.0, 300.0, 64).to(dtype)
@@ -198,7 +197,7 @@ def test_silu_of_extremes(target: str, dtype: torch.dtype, silu: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_silu_keeps_the_digits_of_small_values(target: str, dtype: torch.dtype) -> None:
+def test_truth_of_small_values(target: Target, dtype: torch.dtype) -> None:
     for bias in (-20.0, -8.0, -1e-3, 1e-3):
         given = tensors(SHAPES["odd"], dtype, {"weight": "own", "bias": "own"})
         check(target, given | {"weight": given["weight"] * 1e-2, "bias": torch.full_like(given["bias"], bias)})
@@ -206,7 +205,7 @@ def test_silu_keeps_the_digits_of_small_values(target: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_nan_and_infinity_reach_their_own_group_only(target: str, dtype: torch.dtype) -> None:
+def test_truth_of_nan_and_infinity_which_reach_their_own_group_only(target: Target, dtype: torch.dtype) -> None:
     for bad in (torch.nan, torch.inf):
         given = tensors(SHAPES["usual"], dtype, {})
         given["x"][1, 5, 2, 3] = bad
@@ -219,7 +218,7 @@ def test_nan_and_infinity_reach_their_own_group_only(target: str, dtype: torch.d
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_nan_of_any_bits_in_a_parameter_stays_nan(target: str, layout: str, bits: int) -> None:
+def test_nan_of_any_bits_in_a_parameter_stays_nan(target: Target, layout: str, bits: int) -> None:
     given = tensors(SHAPES["usual"], torch.bfloat16, {"weight": "float32", "bias": "float32"})
     given["weight"].view(torch.int32)[3] = bits
     given["bias"].view(torch.int32)[9] = bits
@@ -228,7 +227,7 @@ def test_nan_of_any_bits_in_a_parameter_stays_nan(target: str, layout: str, bits
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_layouts_that_are_not_dense_are_taken(target: str) -> None:
+def test_layouts_that_are_not_dense_are_taken(target: Target) -> None:
     whole = normal(2, 64, 16, 8, seed=1)
     views = {
         "every second row": whole[:, :, ::2],
@@ -244,7 +243,7 @@ def test_layouts_that_are_not_dense_are_taken(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_arguments_in_another_layout(target: str) -> None:
+def test_arguments_in_another_layout(target: Target) -> None:
     given = tensors(SHAPES["usual"], torch.float32, OPTIONS["sum"])
     given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
     given["weight"] = given["weight"].repeat_interleave(2)[::2]
@@ -262,7 +261,7 @@ def test_threads_change_no_bit(shape: Shape, dtype: torch.dtype, layout: str) ->
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             given = tensors(shape, dtype, OPTIONS["sum"])
-            results.append(call("native", given | {"x": in_layout(given["x"], layout)}))
+            results.append(call(NATIVE, given | {"x": in_layout(given["x"], layout)}))
     finally:
         torch.set_num_threads(before)
     for y, h in results[1:]:
@@ -276,9 +275,9 @@ def test_position_in_memory_changes_no_bit(layout: str, shift: int) -> None:
     """The direction in which memory is gone through depends on where x lies."""
     given = tensors(SHAPES["odd"], torch.float32, OPTIONS["affine"])
     x = in_layout(given["x"], layout)
-    expected = call("native", given | {"x": x})
+    expected = call(NATIVE, given | {"x": x})
     held = torch.empty(x.numel() + 2048)[shift // 4 :][: x.numel()].as_strided(x.shape, x.stride()).copy_(x)
-    assert torch.equal(call("native", given | {"x": held}), expected)
+    assert torch.equal(call(NATIVE, given | {"x": held}), expected)
 
 
 def test_opcheck_and_compile() -> None:
@@ -297,38 +296,6 @@ def test_opcheck_and_compile() -> None:
                 lambda x, rest=rest: ops.group_norm_silu(x, 32, **rest), fullgraph=True, backend="aot_eager"
             )
             torch.testing.assert_close(compiled(args["x"]), ops.group_norm_silu(args["x"], 32, **rest), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_instruction_sets(capability: str) -> None:
-    """The tests of shapes and options again, in a process whose kernels use another instruction set."""
-    rank = ["DEFAULT", "AVX2", "AVX512"]
-    if rank.index(capability.upper()) > rank.index(torch.backends.cpu.get_cpu_capability()[:7].strip()):
-        pytest.skip(f"this processor has no {capability.upper()}")
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch, test_group_norm_silu as t
-from fastdiff.ops import native
-assert native.capability() == {capability.upper()!r}, native.capability()
-torch.set_num_threads(1)
-for dtype in t.DTYPES.values():
-    for layout in ("contiguous", "channels_last"):
-        for shape in (*t.SHAPES.values(), t.LARGE["large"]):
-            if layout == "contiguous" or len(shape.size) in (4, 5):
-                given = t.tensors(shape, dtype, t.OPTIONS["sum"])
-                t.check("native", given | {{"x": t.in_layout(given["x"], layout)}})
-        for options in t.OPTIONS.values():
-            given = t.tensors(t.SHAPES["odd"], dtype, options)
-            t.check("native", given | {{"x": t.in_layout(given["x"], layout)}})
-    t.test_silu_of_extremes("native", dtype, True)
-    t.test_silu_keeps_the_digits_of_small_values("native", dtype)
-    t.test_nan_and_infinity_reach_their_own_group_only("native", dtype)
-"""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_errors() -> None:

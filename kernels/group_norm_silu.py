@@ -1,0 +1,300 @@
+"""silu(group_norm(x + addend + residual) * weight + bias); see `fastdiff.ops.group_norm_silu`.
+
+`moments_kernel` takes mean and centred squares of each group over a chunk of the positions, one writer per slot;
+`apply_kernel` merges the chunks (Chan, Golub and LeVeque, 1979) and walks them backwards, so that what was read last is
+still in the cache. Where the positions fit one tile, `whole_kernel` does both in one reading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.aot import AotCase
+from fastdiff.kernels.group_norm_plan import plan
+from fastdiff.kernels.group_norm_tile import (
+    channel_values,
+    group_moments,
+    load_sum,
+    membership,
+    reference_of,
+    slab_channels,
+    store_result,
+    tile_moments,
+    to_channels,
+)
+from fastdiff.kernels.layout import dense, memory_format
+
+
+@triton.jit
+def moments_kernel(
+    x,  # (N, C, S), channel c and position s at c * channel_stride + s * position_stride
+    addend,  # (N, C), or None
+    residual,  # as x, or None
+    partial,  # (3, N * groups, chunks * PIECES) float32: reference, mean less reference, squares
+    channels,
+    positions,
+    channel_stride,
+    position_stride,
+    groups,
+    slabs,
+    chunks,
+    tiles,  # of a chunk
+    CHANNELS: tl.constexpr,  # of a tile
+    POSITIONS: tl.constexpr,
+    SIZE: tl.constexpr,  # channels of a group
+    GROUPS: tl.constexpr,  # of a slab
+    KEPT: tl.constexpr,  # the power of 2 that holds GROUPS
+    PIECES: tl.constexpr,  # slabs of a group larger than a tile, else 1
+):
+    chunk = tl.program_id(0) % chunks
+    slab = tl.program_id(0) // chunks % slabs
+    sample = (tl.program_id(0) // chunks // slabs).to(tl.int64)
+    first, offset, mask, group, size = slab_channels(slab, CHANNELS, SIZE, GROUPS, PIECES)
+    mask &= first + offset < channels
+    member = membership(offset, mask, SIZE, PIECES, KEPT)
+    added = channel_values(addend, sample * channels + first + offset, mask, 0.0)
+    at_channel = (sample * channels * positions + (first + offset).to(tl.int64) * channel_stride)[:, None]
+
+    position = chunk * tiles * POSITIONS + tl.arange(0, POSITIONS)
+    inside = mask[:, None] & (position < positions)[None, :]
+    at = at_channel + position.to(tl.int64)[None, :] * position_stride
+    h = load_sum(x, residual, added, at, inside)
+    count = tl.minimum(positions - chunk * tiles * POSITIONS, POSITIONS)
+    reference = reference_of(h, inside, member, count, size)
+    center = to_channels(reference, member)
+    mean, squares = tile_moments(h, inside, center, count.to(tl.float32))
+    seen = count.to(tl.float32)
+    for tile in range(1, tiles):
+        begin = (chunk * tiles + tile) * POSITIONS
+        position = begin + tl.arange(0, POSITIONS)
+        inside = mask[:, None] & (position < positions)[None, :]
+        at = at_channel + position.to(tl.int64)[None, :] * position_stride
+        h = load_sum(x, residual, added, at, inside)
+        more = tl.maximum(tl.minimum(positions - begin, POSITIONS), 0).to(tl.float32)
+        tile_mean, tile_squares = tile_moments(h, inside, center, tl.maximum(more, 1.0))
+        apart = tile_mean - mean
+        weight = more / (seen + more)
+        mean += apart * weight
+        squares += tile_squares + apart * apart * (seen * weight)
+        seen += more
+
+    mean, squares = group_moments(mean, squares, seen, size, member)
+    kept = tl.arange(0, KEPT)
+    exists = (kept < GROUPS) & (group + kept < groups)
+    row = (sample * groups + group + kept) * (chunks * PIECES) + chunk * PIECES + slab % PIECES
+    plane = tl.num_programs(0).to(tl.int64) // slabs // chunks * groups * (chunks * PIECES)
+    tl.store(partial + row, reference, mask=exists)
+    tl.store(partial + plane + row, mean, mask=exists)
+    tl.store(partial + 2 * plane + row, squares, mask=exists)
+
+
+@triton.jit
+def apply_kernel(
+    x,  # (N, C, S), as in moments_kernel
+    weight,  # (C,), or None; so is bias
+    bias,
+    addend,  # (N, C), or None
+    residual,  # as x, or None
+    partial,  # as in moments_kernel
+    y,  # as x
+    total,  # as x, or None
+    channels,
+    positions,
+    channel_stride,
+    position_stride,
+    groups,
+    slabs,
+    chunks,
+    tiles,
+    eps,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    PIECES: tl.constexpr,
+    PARTIALS: tl.constexpr,  # the power of 2 that holds chunks * PIECES
+):
+    last = tl.num_programs(0) - 1 - tl.program_id(0)
+    chunk = last % chunks
+    slab = last // chunks % slabs
+    sample = (last // chunks // slabs).to(tl.int64)
+    first, offset, mask, group, _ = slab_channels(slab, CHANNELS, SIZE, GROUPS, PIECES)
+    mask &= first + offset < channels
+    member = membership(offset, mask, SIZE, PIECES, KEPT)
+
+    kept = tl.arange(0, KEPT)
+    exists = (kept < GROUPS) & (group + kept < groups)
+    row = (sample * groups + group + kept) * (chunks * PIECES)
+    plane = tl.num_programs(0).to(tl.int64) // slabs // chunks * groups * (chunks * PIECES)
+    part = tl.arange(0, PARTIALS)
+    taken = exists[:, None] & (part < chunks * PIECES)[None, :]
+    at_part = partial + row[:, None] + part[None, :]
+    begins = part // PIECES * tiles * POSITIONS
+    sizes = tl.minimum(SIZE - part % PIECES * CHANNELS, CHANNELS) if PIECES > 1 else SIZE
+    counts = tl.where(part < chunks * PIECES, tl.minimum(positions - begins, tiles * POSITIONS) * sizes, 0)
+    n = counts.to(tl.float32)[None, :]
+    all_n = positions.to(tl.float32) * SIZE
+    reference = tl.load(partial + row, mask=exists, other=0.0)
+    distance = tl.load(at_part, mask=taken, other=0.0) - reference[:, None]
+    distance = tl.where(taken, distance + tl.load(at_part + plane, mask=taken, other=0.0), 0.0)
+    mean = tl.sum(distance * n, axis=1) / all_n
+    apart = distance - mean[:, None]
+    squares = tl.load(at_part + 2 * plane, mask=taken, other=0.0) + n * apart * apart
+    inverse = tl.rsqrt(tl.sum(tl.where(taken, squares, 0.0), axis=1) / all_n + eps)
+
+    center = to_channels(reference, member)
+    mean_of_channel = to_channels(mean, member)
+    scale = to_channels(inverse, member) * channel_values(weight, first + offset, mask, 1.0)
+    shift = channel_values(bias, first + offset, mask, 0.0)
+    added = channel_values(addend, sample * channels + first + offset, mask, 0.0)
+    at_channel = (sample * channels * positions + (first + offset).to(tl.int64) * channel_stride)[:, None]
+    for tile in range(0, tiles):
+        position = (chunk * tiles + tiles - 1 - tile) * POSITIONS + tl.arange(0, POSITIONS)
+        inside = mask[:, None] & (position < positions)[None, :]
+        at = at_channel + position.to(tl.int64)[None, :] * position_stride
+        h = load_sum(x, residual, added, at, inside)
+        store_result(y, total, h, center, mean_of_channel, scale, shift, at, inside, SILU)
+
+
+@triton.jit
+def whole_kernel(
+    x,  # (N, C, S), as in moments_kernel
+    weight,  # (C,), or None; so is bias
+    bias,
+    addend,  # (N, C), or None
+    residual,  # as x, or None
+    y,  # as x
+    total,  # as x, or None
+    channels,
+    positions,
+    channel_stride,
+    position_stride,
+    slabs,
+    eps,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    slab = tl.program_id(0) % slabs
+    sample = (tl.program_id(0) // slabs).to(tl.int64)
+    first, offset, mask, _, _ = slab_channels(slab, CHANNELS, SIZE, GROUPS, 1)
+    mask &= first + offset < channels
+    member = membership(offset, mask, SIZE, 1, KEPT)
+    added = channel_values(addend, sample * channels + first + offset, mask, 0.0)
+    at_channel = (sample * channels * positions + (first + offset).to(tl.int64) * channel_stride)[:, None]
+    position = tl.arange(0, POSITIONS)
+    inside = mask[:, None] & (position < positions)[None, :]
+    at = at_channel + position.to(tl.int64)[None, :] * position_stride
+    h = load_sum(x, residual, added, at, inside)
+
+    count = positions.to(tl.float32)
+    center = to_channels(reference_of(h, inside, member, positions, SIZE), member)
+    mean, squares = tile_moments(h, inside, center, count)
+    mean, squares = group_moments(mean, squares, count, SIZE, member)
+    inverse = tl.rsqrt(squares / (count * SIZE) + eps)
+    scale = to_channels(inverse, member) * channel_values(weight, first + offset, mask, 1.0)
+    shift = channel_values(bias, first + offset, mask, 0.0)
+    store_result(y, total, h, center, to_channels(mean, member), scale, shift, at, inside, SILU)
+
+
+def run(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    return_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """The registered operator's arguments; launches on the current stream of x's device."""
+    x = dense(x)
+    layout = memory_format(x)
+    y = torch.empty_like(x, memory_format=layout)
+    total = torch.empty_like(y) if return_sum else None
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout)
+    weight, bias, addend = (None if value is None else value.contiguous() for value in (weight, bias, addend))
+    samples, channels = x.shape[:2]
+    positions = x.numel() // (samples * channels)
+    # A contiguous sample of one position is a channels-last one.
+    channels_last = layout != torch.contiguous_format or positions == 1
+    strides = (1, channels) if channels_last else (positions, 1)
+    cut = plan(channels, positions, groups, channels_last)
+    size = channels // groups
+    with torch.cuda.device_of(x):
+        sizes = (channels, positions, *strides)
+        if cut.whole:
+            whole_kernel[(samples * cut.slabs,)](
+                x, weight, bias, addend, residual, y, total, *sizes, cut.slabs, eps,
+                SILU=silu, SIZE=size, num_warps=cut.warps(x.element_size()), **cut.constants,
+            )  # fmt: skip
+        else:
+            parts = cut.chunks * cut.pieces
+            partial = x.new_empty((3, samples * groups, parts), dtype=torch.float32)
+            grid = (samples * cut.slabs * cut.chunks,)
+            cuts = (groups, cut.slabs, cut.chunks, cut.tiles)
+            constants = {
+                "SIZE": size,
+                "PIECES": cut.pieces,
+                "num_warps": cut.warps(x.element_size()),
+                **cut.constants,
+            }
+            moments_kernel[grid](x, addend, residual, partial, *sizes, *cuts, **constants)
+            apply_kernel[grid](
+                x, weight, bias, addend, residual, partial, y, total, *sizes, *cuts, eps,
+                SILU=silu, PARTIALS=triton.next_power_of_2(parts), **constants,
+            )  # fmt: skip
+    return y, x.new_empty(0) if total is None else total
+
+
+def _case(kernel: Any, dtype: str, shape: tuple[int, int, int], layout: str, *given: str) -> AotCase:
+    """`shape`: channels, positions, groups; `given`: those of addend, residual and total that are there."""
+    channels, positions, groups = shape
+    channels_last = layout == "channels-last"
+    cut = plan(channels, positions, groups, channels_last)
+    own = dict.fromkeys(("x", "y", "residual", "total"), f"*{dtype}")
+    present = ("x", "y", "weight", "bias", "partial", *given)
+    pointers = {name: own.get(name, "*fp32") for name in present if name in kernel.arg_names}
+    integers = {"channels": channels, "positions": positions, "groups": groups, "slabs": cut.slabs}
+    integers |= {"chunks": cut.chunks, "tiles": cut.tiles}
+    integers |= {"position_stride": channels} if channels_last else {"channel_stride": positions}
+    integers = {name: value for name, value in integers.items() if name in kernel.arg_names}
+    constants = {"SILU": True, "SIZE": channels // groups, "PIECES": cut.pieces, **cut.constants}
+    constants |= {"PARTIALS": triton.next_power_of_2(cut.chunks * cut.pieces)}
+    constants |= {name: 1 for name in ("channel_stride", "position_stride", *integers) if integers.get(name, 1) == 1}
+    types = dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr") | pointers | {"eps": "fp32"}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    return AotCase(
+        name=" ".join((kernel.__name__, dtype, "x".join(map(str, shape)), layout, *given)),
+        kernel=kernel,
+        signature=signature,
+        constexprs={name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"},
+        num_warps=cut.warps(4 if dtype == "fp32" else 2),
+        divisible=(*pointers, *(name for name, value in integers.items() if types[name] == "i32" and value % 16 == 0)),
+        wide_stores=kernel is not moments_kernel,
+    )
+
+
+_DTYPES = ("fp32", "fp16", "bf16")
+_SPLIT = (moments_kernel, apply_kernel)
+_LAYOUTS = ("contiguous", "channels-last")
+_ALL = ("addend", "residual", "total")
+AOT = [
+    *(_case(kernel, dtype, (320, 4096, 32), layout) for kernel in _SPLIT for dtype in _DTYPES for layout in _LAYOUTS),
+    *(_case(kernel, "bf16", (320, 4096, 32), layout, *_ALL) for kernel in _SPLIT for layout in _LAYOUTS),
+    *(_case(kernel, "fp32", (320, 4096, 32), layout, *_ALL) for kernel in _SPLIT for layout in _LAYOUTS),
+    *(_case(kernel, "bf16", (512, 4096, 1), layout) for kernel in _SPLIT for layout in _LAYOUTS),
+    *(_case(whole_kernel, dtype, (1280, 64, 32), layout, *_ALL) for dtype in _DTYPES for layout in _LAYOUTS),
+]

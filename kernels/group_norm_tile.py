@@ -1,0 +1,93 @@
+"""Tiles of group_norm_silu: channels x positions of one sample, in either memory order, and their groups.
+
+A slab is the whole groups that fit a tile's channels, or a piece of one group that is larger. Values are held as
+distances to a reference near the group's mean, so that a large mean costs no digits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def slab_channels(slab, CHANNELS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr):
+    """(first channel, offsets of the tile's channels, which are the slab's, first group, channels of its groups)."""
+    offset = tl.arange(0, CHANNELS)
+    if PIECES == 1:
+        return slab * (GROUPS * SIZE), offset, offset < GROUPS * SIZE, slab * GROUPS, SIZE
+    else:
+        begin = slab % PIECES * CHANNELS
+        first = slab // PIECES * SIZE + begin
+        return first, offset, begin + offset < SIZE, slab // PIECES, tl.minimum(SIZE - begin, CHANNELS)
+
+
+@triton.jit
+def membership(offset, mask, SIZE: tl.constexpr, PIECES: tl.constexpr, KEPT: tl.constexpr):
+    """[channels, groups]: whether the channel belongs to the group."""
+    group = offset // SIZE if PIECES == 1 else offset * 0
+    return (group[:, None] == tl.arange(0, KEPT)[None, :]) & mask[:, None]
+
+
+@triton.jit
+def over_channels(values, member):
+    """[channels] -> [groups]: sums."""
+    return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def to_channels(values, member):
+    """[groups] -> [channels]: each channel's own."""
+    return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def channel_values(pointer, at, mask, MISSING: tl.constexpr):
+    """A parameter of the channels as float32."""
+    if pointer is None:
+        return tl.where(mask, MISSING, 0.0)
+    else:
+        return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_sum(x, residual, addend, at, mask):
+    """h = x + addend + residual as float32, [channels, positions]."""
+    h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + addend[:, None]
+    if residual is not None:
+        h += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    return h
+
+
+@triton.jit
+def reference_of(h, mask, member, positions, size):
+    """[groups]: the mean over a tile, up to rounding."""
+    return over_channels(tl.sum(tl.where(mask, h, 0.0), axis=1), member) / (positions * size).to(tl.float32)
+
+
+@triton.jit
+def tile_moments(h, mask, reference, positions):
+    """[channels]: mean distance to the reference, and the squared distances to that mean."""
+    distance = tl.where(mask, h - reference[:, None], 0.0)
+    mean = tl.sum(distance, axis=1) / positions
+    centred = tl.where(mask, distance - mean[:, None], 0.0)
+    return mean, tl.sum(centred * centred, axis=1)
+
+
+@triton.jit
+def group_moments(mean, squares, positions, size, member):
+    """[groups]: those of channels that have the same count of positions."""
+    group_mean = over_channels(mean, member) / size
+    apart = mean - to_channels(group_mean, member)
+    return group_mean, over_channels(squares + positions * apart * apart, member)
+
+
+@triton.jit
+def store_result(y, total, h, center, mean, scale, shift, at, mask, SILU: tl.constexpr):
+    """y = act((h - center - mean) * scale + shift), and h itself where it is asked for."""
+    z = (h - center[:, None] - mean[:, None]) * scale[:, None] + shift[:, None]
+    if SILU:
+        z = z / (1.0 + tl.exp(-z))
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=mask)
+    if total is not None:
+        tl.store(total + at, h.to(total.dtype.element_ty), mask=mask)
