@@ -17,7 +17,6 @@ from fastdiff import ops
 from fastdiff.errors import InputError
 from fastdiff.ops import reference
 
-
 # The interpreter is NumPy, which warns of infinities that a kernel means.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
