@@ -32,11 +32,15 @@ bench: .venv/developing
 quality: .venv/developing
 	$(BIN)/python -m benchmarks.quality
 
+# The package is built into build/gpu and used from there, ahead of the sources: nothing is installed.
 gpu: PYTHON := $(or $(PYTHON),python3)
+gpu: export FASTDIFF_CUDA := 1
+gpu: export PYTHONSAFEPATH := 1
+gpu: export PYTHONPATH := $(CURDIR)/build/gpu:$(CURDIR)
 gpu:
-	FASTDIFF_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest tests/ops tests/gpu
-	$(PYTHON) -m benchmarks.run --device cuda
+	$(PYTHON) setup.py --quiet build --build-lib build/gpu
+	$(PYTHON) -m pytest -o pythonpath=tests tests/ops tests/gpu
+	$(PYTHON) -m benchmarks.run --device cuda --seconds 1
 
 .venv/made:
 	@test -n "$(PYTHON)" || { echo "make: expected Python 3.11 or 3.12, found neither; pass PYTHON=/path/to/python" >&2; exit 1; }

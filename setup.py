@@ -1,6 +1,8 @@
 """Builds fastdiff._C: C++ for the CPU, compiled once per instruction set, and CUDA C++ where a toolkit is.
 
-FASTDIFF_CUDA  auto (the default): with CUDA if PyTorch has it and a toolkit is found; 0: without; 1: required.
+FASTDIFF_CUDA         auto (the default): with CUDA if PyTorch has it and a toolkit is found; 0: without; 1: required.
+TORCH_CUDA_ARCH_LIST  PyTorch's own: the architectures to compile for. By default those of the GPUs that are here, and
+                      where none is, Ampere and Hopper.
 """
 
 import os
@@ -63,7 +65,7 @@ def extension():
     define = [("FASTDIFF_X86", "1")] if len(CAPABILITIES) > 1 else []
     options = {
         "include_dirs": [str(ROOT / "csrc")],
-        "depends": [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+        "depends": [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")],
         "extra_link_args": ["-fopenmp"],
     }
     if not with_cuda():
@@ -71,6 +73,8 @@ def extension():
         return CppExtension(
             "fastdiff._C", ["csrc/register.cpp"], define_macros=define, extra_compile_args=flags, **options
         )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return CUDAExtension(
         "fastdiff._C",
         ["csrc/register.cpp", *CUDA_KERNELS],

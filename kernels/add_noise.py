@@ -81,8 +81,8 @@ def _case(name: str, dtype: str, given: bool, inner: int = 1) -> AotCase:
         signature=signature,
         constexprs=constexprs,
         divisible=(*(set(pointers) - {absent}), "count"),
-        wide_loads=inner == 1,
-        wide_stores=inner == 1,
+        wide_loads=0.5 if inner == 1 else 0.0,
+        wide_stores=0.5 if inner == 1 else 0.0,
     )
 
 

@@ -21,8 +21,8 @@ class AotCase:
     passes as 1. divisible: the arguments that are multiples of 16 (pointers: the address in bytes; integers: the
     value); every pointer and int that Triton would find so at run time belongs here, or the code is not what would run.
     matrix: `tl.dot` on float16 or bfloat16 must come out as tensor-core instructions (wgmma on sm_90).
-    wide_loads, wide_stores: at least half of the bytes that global loads (stores) move go in 16-byte instructions or
-    bulk copies; False only for a kernel that reads or writes a few scalars.
+    wide_loads, wide_stores: the least share of the bytes named by global loads (stores) that goes in 16-byte
+    instructions or bulk copies; 0 only for a kernel that has nothing wide to read or write.
     """
 
     name: str
@@ -34,6 +34,6 @@ class AotCase:
     num_ctas: int = 1
     matrix: bool = False
     divisible: tuple[str, ...] = ()
-    wide_loads: bool = True
-    wide_stores: bool = True
+    wide_loads: float = 0.5
+    wide_stores: float = 0.5
     targets: tuple[int, ...] = (80, 90, 100)

@@ -58,7 +58,7 @@ AOT = [
         },
         constexprs={"BLOCK": BLOCK},
         divisible=("seeds", "out", "count"),
-        wide_loads=False,
+        wide_loads=0.0,  # it reads a seed
     )
     for dtype in ("fp32", "fp16", "bf16")
 ]

@@ -265,7 +265,7 @@ def _case(name: str, dtype: str, inner: int = 1, guided: bool = True, **given: s
         signature=signature,
         constexprs=constexprs,
         divisible=(*pointers, "count"),
-        wide_loads=inner == 1,
+        wide_loads=0.5 if inner == 1 else 0.0,
     )
 
 

@@ -127,8 +127,21 @@ def test_a_row_outside_the_table_gives_nan(shim: Launchers, counter: int) -> Non
 
 def test_nan_is_not_clipped(shim: Launchers) -> None:
     args = arguments((2, 4, 4, 6))
+    args["table"][:, NEW_X] = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     args["x"][0, 0, 0, 0] = torch.nan
     assert shim.sampler_step(*args.values())[0].isnan().sum() == 1
+
+
+def test_an_input_reaches_only_its_outputs(shim: Launchers) -> None:
+    """hist1 is infinite and counts for x' alone."""
+    args = arguments((2, 4, 4, 6))
+    args["hist1"] = torch.full_like(args["hist1"], torch.inf)
+    for block in (NEW_HISTORY, NEW_ANCHOR):
+        args["table"][:, block.start + 4] = 0.0
+    x, history, anchor, _ = shim.sampler_step(*args.values())
+    assert x.isinf().all()
+    assert history.isfinite().all()
+    assert anchor.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["x", "model_output", "hist1", "noise", "table"])

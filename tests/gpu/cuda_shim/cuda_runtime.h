@@ -74,6 +74,7 @@ namespace shim {
 
 constexpr size_t MAX_SHARED = 227 * 1024;  // of sm_90
 
+// In reverse, the last block of a cluster runs as far as it can before the others do.
 enum class Order { FORWARD, REVERSE, RANDOM };
 
 struct Settings {

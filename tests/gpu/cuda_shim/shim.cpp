@@ -125,8 +125,12 @@ size_t run(std::vector<Block>& blocks, size_t threads) {
   cluster = &blocks;
   cluster_phase = 0;
   for (unsigned round = 0;; ++round) {
+    const Block* ahead = nullptr;
     for (const size_t i : ordered(fibers.size(), round)) {
-      if (fibers[i].state == State::READY) resume(fibers[i], stacks[i].get());
+      if (fibers[i].state != State::READY) continue;
+      if (settings.order == Order::REVERSE && ahead != nullptr && ahead != fibers[i].block) break;
+      ahead = fibers[i].block;
+      resume(fibers[i], stacks[i].get());
     }
     bool released = release_cluster(fibers);
     for (size_t first = 0; first < fibers.size(); first += threads) {
