@@ -139,7 +139,8 @@ size_t run(std::vector<Block>& blocks, size_t threads) {
         released |= release(fibers, warp, std::min(warp + 32, first + threads), State::WARP);
       }
     }
-    if (released) continue;
+    const auto ready = [](const Fiber& fiber) { return fiber.state == State::READY; };
+    if (released || std::any_of(fibers.begin(), fibers.end(), ready)) continue;
     return std::count_if(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state != State::DONE; });
   }
 }
