@@ -48,6 +48,7 @@ LARGE = {
     "large": Shape((2, 16, 40, 33), 2),
     "many positions": Shape((1, 2, 370, 370), 1),
     "many channels": Shape((1, 240, 17, 16), 8),
+    "last slab part full": Shape((2, 140, 23, 23), 14),
     "wide group": Shape((1, 300, 12, 12), 1),
     "many groups": Shape((1, 200, 12, 13), 200),
 }
