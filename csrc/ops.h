@@ -54,7 +54,7 @@ struct AttentionArgs {
   float scale;
   Array q, k, v, out;                                         // one type; last dimension has stride 1
   int64_t q_strides[3], k_strides[3], v_strides[3];           // batch, head, position
-  Array mask;                                                 // float32, added; bool masks come as mask_bool
+  Array mask;                                                 // any type, added; bool masks are mask_bool
   const bool* mask_bool;
   int64_t mask_strides[4];                                    // batch, head, query, key; 0 where broadcast
   int threads;                                                // out is contiguous (batch, queries, heads, dim)

@@ -239,10 +239,11 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   }
   Tensor added;
   if (mask) {
-    added = mask->scalar_type() == at::kBool ? *mask : mask->to(at::kFloat);
+    added = *mask;
     if (added.scalar_type() == at::kBool) {
       args.mask_bool = added.const_data_ptr<bool>();
     } else {
+      if (added.scalar_type() == at::kDouble) added = added.to(at::kFloat);
       args.mask = array(added);
     }
     for (int d = 0; d < 4; ++d) args.mask_strides[d] = added.stride(d);

@@ -87,30 +87,49 @@ inline void load_queries(const AttentionArgs& args, int64_t offset, int64_t quer
   }
 }
 
-// An added mask in units of log2. The least float, a common way to mask, stays finite, so that a row of it is a mean
-// and not zero.
-inline float in_log2(float mask) {
-  return mask == -INF ? mask : std::max(mask * LOG2E, std::numeric_limits<float>::lowest());
+// `keys` values of the mask in units of log2. The least float, a common way to mask, stays finite, so that a row of it
+// is a mean and not zero.
+inline void load_mask_row(const AttentionArgs& args, int64_t offset, int64_t keys, float* row) {
+  const int64_t stride = args.mask_strides[3];
+  if (const bool* keep = args.mask_bool) {
+    keep += offset;
+    if (stride == 1) {
+      for (int64_t i = 0; i < keys; ++i) row[i] = keep[i] ? 0.0f : -INF;
+    } else {
+      for (int64_t i = 0; i < keys; ++i) row[i] = keep[i * stride] ? 0.0f : -INF;
+    }
+    return;
+  }
+  if (stride == 1) {
+    load(args.mask, offset, row, keys);
+  } else {
+    for (int64_t i = 0; i < keys; ++i) row[i] = load_one(args.mask, offset + i * stride);
+  }
+  constexpr float least = std::numeric_limits<float>::lowest();
+  for (int64_t i = 0; i < keys; ++i) row[i] = row[i] == -INF ? -INF : std::max(row[i] * LOG2E, least);
 }
 
-// mask[query + lane][key] for `keys` keys as scratch.mask (keys, width), in units of log2.
+// The mask of `count` queries from element `offset` on and of `keys` keys, as scratch.mask (keys, width).
 template <class Math>
 inline void load_mask(const AttentionArgs& args, int64_t offset, int64_t count, int64_t width, int64_t keys,
                       const Scratch<Math>& scratch) {
-  const int64_t stride = args.mask_strides[3];
-  for (int64_t lane = 0; lane < width; lane += LANES) {
-    for (int64_t key = 0; key < keys; key += LANES) {
-      float tile[LANES * LANES] = {};
-      const int64_t rows = std::min<int64_t>(LANES, count - lane), columns = std::min<int64_t>(LANES, keys - key);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t start = offset + (lane + r) * args.mask_strides[2] + key * stride;
-        for (int64_t i = 0; i < columns; ++i) {
-          tile[r * LANES + i] = args.mask_bool ? (args.mask_bool[start + i * stride] ? 0.0f : -INF)
-                                               : in_log2(static_cast<const float*>(args.mask.data)[start + i * stride]);
-        }
-      }
-      to_columns(tile, LANES, scratch.mask + key * width + lane, width, columns);
+  float rows[LANES * MAX_KEYS];
+  if (args.mask_strides[2] == 0) {
+    load_mask_row(args, offset, keys, rows);
+    for (int64_t key = 0; key < keys; ++key) {
+      for (int64_t lane = 0; lane < width; lane += LANES) put(scratch.mask + key * width + lane, broadcast(rows[key]));
     }
+    return;
+  }
+  for (int64_t lane = 0; lane < width; lane += LANES) {
+    for (int64_t r = 0; r < LANES; ++r) {
+      if (lane + r < count) {
+        load_mask_row(args, offset + (lane + r) * args.mask_strides[2], keys, rows + r * MAX_KEYS);
+      } else {
+        std::fill_n(rows + r * MAX_KEYS, keys, 0.0f);
+      }
+    }
+    to_columns(rows, MAX_KEYS, scratch.mask + lane, width, keys);
   }
 }
 
