@@ -1,4 +1,8 @@
-"""Timing: every contender in turn, in one process, many times over; and what the machine can do at best."""
+"""Timing: every contender in turn, in one process, many times over; and what the machine can do at best.
+
+A turn in which our threads had to wait for a processor that other programs used tells nothing about a contender. Linux
+says how long they waited; such turns are taken again, and a contender that had no rest is left out.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,27 +20,33 @@ import torch
 from benchmarks.work import Contender
 
 LEAST_ROUNDS = 7
+LEAST_SAMPLES = 3
 LONGEST = 10
 """Times the seconds asked for, after which LEAST_ROUNDS no longer counts."""
 WARM_UP = 3
+DISTURBED = 0.02
+"""Share of a turn that waiting for a processor may take."""
+TRIES = 20
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, over `rounds` samples of `calls` calls each."""
+    """Seconds of one call, over `rounds` samples of `calls` calls each. disturbed: share of all turns that other
+    programs disturbed, which are not among these."""
 
     p20: float
     p50: float
     p80: float
     rounds: int
     calls: int
+    disturbed: float
 
 
 def interleave(contenders: Sequence[Contender], device: torch.device, *, seconds: float) -> dict[str, Timing]:
     """Time all contenders for about `seconds`: rounds in which each has one turn, the order rotating.
 
     What disturbs the machine for a moment then disturbs all of them, and medians leave it out. On a GPU a turn ends
-    when the device has finished.
+    when the device has finished. A contender without LEAST_SAMPLES undisturbed turns is not in the result.
     """
     turns = {contender.name: _Turn(contender, device) for contender in contenders}
     names = list(turns)
@@ -47,12 +58,12 @@ def interleave(contenders: Sequence[Contender], device: torch.device, *, seconds
             for name in names[first:] + names[:first]:
                 turns[name].take()
             rounds += 1
-    return {name: turn.timing() for name, turn in turns.items()}
+    return {name: turn.timing() for name, turn in turns.items() if len(turn.samples) >= LEAST_SAMPLES}
 
 
 def _goes_on(rounds: int, spent: float, seconds: float) -> bool:
-    """Whether there is to be another round: at least LEAST_ROUNDS, but 3 are enough once they take long."""
-    return rounds < 3 or spent < seconds or (rounds < LEAST_ROUNDS and spent < LONGEST * seconds)
+    """Whether there is to be another round: at least LEAST_ROUNDS, but 5 are enough once they take long."""
+    return rounds < 5 or spent < seconds or (rounds < LEAST_ROUNDS and spent < LONGEST * seconds)
 
 
 class _Turn:
@@ -62,21 +73,38 @@ class _Turn:
         self.contender, self.device = contender, device
         self.calls = 1
         self.samples: list[float] = []
-        spent = once = self._seconds(1)
-        for _ in range(WARM_UP - 1):
-            if spent < 0.5:
-                once = self._seconds(1)
-                spent += once
+        self.disturbed: list[float] = []
+        once = self._shortest(WARM_UP)
         while once < least and self.calls < 10_000:
             self.calls = max(self.calls + 1, min(10 * self.calls, int(self.calls * least / max(once, 1e-9)) + 1))
-            once = self._seconds(self.calls)
+            once = self._shortest(WARM_UP)
+
+    def _shortest(self, tries: int) -> float:
+        """Of several tries, or of as many as half a second holds."""
+        times = [self._seconds(self.calls)]
+        while len(times) < tries and sum(times) < 0.5:
+            times.append(self._seconds(self.calls))
+        return min(times)
 
     def take(self) -> None:
-        self.samples.append(self._seconds(self.calls) / self.calls)
+        for _ in range(TRIES):
+            waited = _waited()
+            seconds = self._seconds(self.calls)
+            if _waited() - waited <= DISTURBED * seconds:
+                self.samples.append(seconds / self.calls)
+                return
+            self.disturbed.append(seconds / self.calls)
+            if seconds > 0.1:
+                return
 
     def timing(self) -> Timing:
         p20, p50, p80 = np.percentile(self.samples, (20, 50, 80))
-        return Timing(float(p20), float(p50), float(p80), len(self.samples), self.calls)
+        disturbed = len(self.disturbed) / (len(self.samples) + len(self.disturbed))
+        return Timing(float(p20), float(p50), float(p80), len(self.samples), self.calls, disturbed)
+
+    def best(self) -> float:
+        """The shortest time of a call: what the machine can do when nothing disturbs it."""
+        return min(self.samples + self.disturbed)
 
     def _seconds(self, calls: int) -> float:
         call = self.contender.call
@@ -87,6 +115,17 @@ class _Turn:
                 call()
             _synchronize(self.device)
             return time.perf_counter() - start
+
+
+def _waited() -> float:
+    """Seconds that threads of this process have been ready to run without a processor; 0 where Linux does not say."""
+    total = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(task.read_text().split()[1])
+        except OSError:
+            continue  # a thread that ended meanwhile
+    return total * 1e-9
 
 
 def _synchronize(device: torch.device) -> None:
@@ -107,12 +146,13 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.2) -> float:
-    """The shortest time of a call: what the machine can do when nothing disturbs it."""
     turn = _Turn(Contender("", call), device, least=0.0005)  # type: ignore[arg-type]
-    end = time.perf_counter() + seconds
-    while len(turn.samples) < LEAST_ROUNDS or time.perf_counter() < end:
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < start + seconds:
         turn.take()
-    return min(turn.samples)
+        rounds += 1
+    return turn.best()
 
 
 @cache

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = (
     *("case", "operator", "variant", "shape", "dtype", "contender", "chosen"),
-    *("p20_us", "p50_us", "p80_us", "rounds", "calls", "speedup", "steps_per_second"),
+    *("p20_us", "p50_us", "p80_us", "rounds", "calls", "disturbed", "speedup", "steps_per_second"),
     *("gbytes_per_second", "gflops_per_second", "roofline_share", "relative_error"),
     *("device", "hardware", "threads", "cpu_capability", "date", "commit"),
     *("fastdiff", "python", "torch", "triton", "diffusers"),
@@ -99,6 +99,7 @@ def row(
         "p80_us": _short(timing.p80 * 1e6),
         "rounds": str(timing.rounds),
         "calls": str(timing.calls),
+        "disturbed": f"{timing.disturbed:.2f}",
         "speedup": _short(baseline.p50 / seconds),
         "steps_per_second": _short(steps / seconds),
         "gbytes_per_second": _short(traffic / seconds / 1e9),

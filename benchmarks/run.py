@@ -16,17 +16,16 @@ from benchmarks.cases import Case
 from benchmarks.work import AUTOMATIC, OURS, Contender, Work
 from fastdiff.errors import BackendError, CheckpointError, InputError
 
-BUSY = 0.5
-"""Load average of the last minute from which other work disturbs the measurement."""
 EPILOG = """\
-Contenders take turns in one process; the figures are medians. A contender whose results are wrong gets no row, and the
-exit status is then 1. Rows of a case measured again replace the old ones, so a CSV can be made in parts with --filter.
+Contenders take turns in one process; the figures are medians. A contender whose results are wrong, or that other
+programs disturbed all the time, gets no row, and the exit status is then 1. Rows of a case measured again replace the
+old ones, so a CSV can be made in parts with --filter.
 
 examples:
   fastdiff bench --quick
   fastdiff bench --filter sampler_step
   fastdiff bench --filter group_norm_silu --compare benchmarks/results/earlier.csv
-  python -m benchmarks.table --readme       writes the README's table from the newest CSV
+  python -m benchmarks.table --readme       makes the README's table anew
   python -m benchmarks.plot FILE.csv        draws it
 """
 
@@ -59,9 +58,6 @@ def main(arguments: argparse.Namespace) -> int:
     facts = record.environment(device)
     out = Path(arguments.out) if arguments.out else None if arguments.quick else record.default_path(facts)
     seconds = arguments.seconds or (0.2 if arguments.quick else 2.0)
-    load = os.getloadavg()[0]
-    if load > BUSY and not arguments.quick:
-        print(f"the machine is busy (load {load:.1f}): these figures will not be worth much", file=sys.stderr)
     rows: list[record.Row] = []
     red = 0
     for case in chosen:
@@ -82,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
 def run_case(
     case: Case, device: torch.device, *, seconds: float, facts: record.Row
 ) -> tuple[list[dict[str, str]], int]:
-    """The rows of a case and the number of contenders whose results were wrong."""
+    """The rows of a case and the number of contenders that have none: wrong results, or no rest to measure in."""
     with torch.inference_mode():
         work = _build(case, device)
         if work is None:
@@ -91,6 +87,10 @@ def run_case(
         used = _chosen(case, work)
         timings = measure.interleave(contenders, device, seconds=seconds)
         best = measure.roofline(work.traffic, work.flops, case.dtype, device)
+    red += len(contenders) - len(timings)
+    for contender in contenders:
+        if contender.name not in timings:
+            print(f"{case.name}: {contender.name}: not measured: the machine was too busy", file=sys.stderr)
     # Without its baseline a case has no speed to tell.
     baseline = timings.get(next(iter(work.peers)))
     if baseline is None:

@@ -17,6 +17,14 @@ from fastdiff.models import UNet
 from fastdiff.models.loading import Model, save_model
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests time nothing in earnest, and pass on a machine without rest."""
+    monkeypatch.setattr(measure, "_waited", lambda: 0.0)
+
+
 QUICK = cases.select(None, quick=True)
 COMMITTED = sorted(record.RESULTS.glob("*.csv"))
 
@@ -101,6 +109,18 @@ def test_contenders_take_turns() -> None:
     for timing in timings.values():
         assert timing.rounds >= 3
         assert 0 < timing.p20 <= timing.p50 <= timing.p80
+
+
+def test_disturbed_turns_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other turn waits for a processor; a contender that always waits is left out."""
+    clock = iter(range(10**6))
+    call = Contender("a", lambda: torch.zeros(200_000).sum())
+    monkeypatch.setattr(measure, "_waited", lambda: float(next(clock) // 3))
+    timing = measure.interleave([call], CPU, seconds=0.01)["a"]
+    assert timing.rounds >= measure.LEAST_SAMPLES
+    assert 0.2 < timing.disturbed < 0.8
+    monkeypatch.setattr(measure, "_waited", lambda: float(next(clock)))
+    assert measure.interleave([call], CPU, seconds=0.01) == {}
 
 
 def test_run_writes_merges_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
