@@ -102,10 +102,6 @@ class _Turn:
         disturbed = len(self.disturbed) / (len(self.samples) + len(self.disturbed))
         return Timing(float(p20), float(p50), float(p80), len(self.samples), self.calls, disturbed)
 
-    def best(self) -> float:
-        """The shortest time of a call: what the machine can do when nothing disturbs it."""
-        return min(self.samples + self.disturbed)
-
     def _seconds(self, calls: int) -> float:
         call = self.contender.call
         with self.contender.context():
@@ -145,38 +141,30 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _best(call: Callable[[], object], device: torch.device, seconds: float = 0.2) -> float:
+def _shortest(call: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
+    """The shortest time of a call; 0 if other programs disturbed it all the time."""
     turn = _Turn(Contender("", call), device, least=0.0005)  # type: ignore[arg-type]
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() < start + seconds:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
         turn.take()
-        rounds += 1
-    return turn.best()
+    return min(turn.samples, default=0.0)
+
+
+def copy_time(traffic: int, device: torch.device) -> float:
+    """Seconds of a copy that moves, read and written together, `traffic` bytes (caches included)."""
+    source, target = (torch.ones(max(traffic // 8, 1), device=device) for _ in range(2))
+    return _shortest(lambda: target.copy_(source), device)
 
 
 @cache
-def copy_rate(traffic: int, device: torch.device) -> float:
-    """Bytes a second, read and written together, of a copy that moves about `traffic` bytes (caches included)."""
-    count = max(traffic // 8, 1)
-    source, target = (torch.ones(count, device=device) for _ in range(2))
-    return 8 * count / _best(lambda: target.copy_(source), device)
-
-
-@cache
-def matmul_rate(dtype: str, device: torch.device) -> float:
-    """Operations a second of a large square matrix product."""
+def matmul_time(dtype: str, device: torch.device) -> float:
+    """Seconds of one operation, a multiplication or an addition, in a large square matrix product."""
     n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    return 2 * n**3 / _best(lambda: a @ b, device, seconds=0.3)
+    return _shortest(lambda: a @ b, device) / (2 * n**3)
 
 
 def roofline(traffic: int, flops: int, dtype: str, device: torch.device) -> float:
-    """Seconds that the work takes at the machine's measured rates; 0 if it is not counted."""
-    times = [0.0]
-    if traffic:
-        # Powers of two: cases of about one size share a measurement.
-        times.append(traffic / copy_rate(1 << (traffic - 1).bit_length(), device))
-    if flops:
-        times.append(flops / matmul_rate(dtype, device))
-    return max(times)
+    """Seconds that the work takes at the machine's measured rates; 0 if it is not counted or could not be measured."""
+    copying = copy_time(traffic, device) if traffic else 0.0
+    return max(copying, flops * matmul_time(dtype, device)) if flops else copying

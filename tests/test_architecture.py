@@ -15,11 +15,16 @@ import pytest
 import torch
 
 from benchmarks.cases import CASES
-from fastdiff.ops import reference, row
+from benchmarks.operators import BUILDERS
+from fastdiff import ops
+from fastdiff.ops import native, reference, row
 from fastdiff.ops.registry import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "fastdiff").rglob("*.py"))}
+
+NO_CUDA = {"attention"}
+"""Operators that run on Triton on a GPU and have no CUDA C++ kernel."""
 
 LAYERS = (
     {"errors", "files", "__init__"},
@@ -65,6 +70,21 @@ def layer(module: str) -> int | None:
 
 def module_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_stands_in_every_place(name: str) -> None:
+    assert (ROOT / "kernels" / f"{name}.py").is_file(), "a Triton kernel"
+    assert (ROOT / "csrc" / "cpu" / f"{name}.cpp").is_file(), "a C++ kernel for the CPU"
+    assert (ROOT / "csrc" / "cuda" / f"{name}.cu").is_file() != (name in NO_CUDA), (
+        "a CUDA kernel, or a declared absence"
+    )
+    assert (name in native.ON_CUDA) != (name in NO_CUDA)
+    assert (ROOT / "tests" / "ops" / f"test_{name}.py").is_file(), "a test"
+    assert name in BUILDERS
+    assert name in {case.operator for case in CASES}, "a benchmark case"
+    assert name in ops.__all__, "a public function"
+    assert (inspect.getdoc(getattr(ops, name)) or "").count("\n") > 2, "a docstring with the formula"
 
 
 @pytest.mark.parametrize("name", OPERATORS)
