@@ -173,8 +173,9 @@ def call(name: str, *args: Any) -> Any:
     """The registered operator; its implementation directly where nothing but a plain call can be seen.
 
     Going through PyTorch's dispatcher costs about 5 us, half of a small step. Only compilation, tracing, tensor
-    subclasses (fake tensors among them) and the profiler need it.
+    subclasses (fake tensors among them), meta tensors and the profiler need it.
     """
-    if _is_compiling() or type(args[0]) is not Tensor or _dispatch_modes() or _is_profiling():
+    first = args[0]
+    if _is_compiling() or type(first) is not Tensor or first.is_meta or _dispatch_modes() or _is_profiling():
         return REGISTERED[name](*args)
     return _run(name, *args)

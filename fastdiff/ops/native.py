@@ -20,6 +20,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ON_CUDA = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu")
 """Operators with a CUDA C++ kernel; the others run on Triton there."""
 
+MAX_CUDA_GROUP = 12288
+"""Channels of a channels-last group: beyond, a row does not fit the shared memory of a block."""
+
 
 @cache
 def extension() -> ModuleType | str:
@@ -108,10 +111,18 @@ def _attention_cedes(q: Tensor, *_: Any) -> bool:
     return q.dtype == torch.float32 and q.shape[2] <= 8
 
 
+def _group_norm_silu_limits(x: Tensor, groups: int, *_: Any) -> str | None:
+    if x.is_cuda and not x.is_contiguous() and x.shape[1] // groups > MAX_CUDA_GROUP:
+        return (
+            f"its CUDA kernel takes channels-last groups of up to {MAX_CUDA_GROUP} channels, not {x.shape[1] // groups}"
+        )
+    return None
+
+
 BACKENDS: dict[str, Backend] = {
     "sampler_step": _Native("sampler_step", 2, _sampler_step_limits),
     "add_noise": _Native("add_noise", 1),
     "philox_normal": _Native("philox_normal", 0, _philox_normal_limits),
-    "group_norm_silu": _Native("group_norm_silu", 1),
+    "group_norm_silu": _Native("group_norm_silu", 1, _group_norm_silu_limits),
     "attention": _Native("attention", 3, cedes=_attention_cedes),
 }

@@ -158,3 +158,11 @@ def test_reference_is_differentiable(layout: torch.memory_format, input_needs_gr
     torch.testing.assert_close(weight.grad, weight64.grad.float())
     if input_needs_grad:
         torch.testing.assert_close(x.grad, x64.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_meta_tensors_give_shapes_and_run_nothing() -> None:
+    fastdiff.report(reset=True)
+    x = torch.empty(1, 4, 8, 8, device="meta")
+    assert ops.sampler_step(x, x, torch.empty(3, 32, device="meta"), 0).x.shape == x.shape
+    assert ops.group_norm_silu(x, 2).is_meta
+    assert fastdiff.report().calls == {}
