@@ -58,6 +58,7 @@ def main(arguments: argparse.Namespace) -> int:
     facts = record.environment(device)
     out = Path(arguments.out) if arguments.out else None if arguments.quick else record.default_path(facts)
     seconds = arguments.seconds or (0.2 if arguments.quick else 2.0)
+    old = record.read(out) if out is not None and out.is_file() else []
     rows: list[record.Row] = []
     red = 0
     for case in chosen:
@@ -66,9 +67,9 @@ def main(arguments: argparse.Namespace) -> int:
         red += failures
         for row in measured:
             print(table.line(row), flush=True)
+        if out is not None:
+            record.write(out, record.merge(old, rows, [case.name for case in cases.CASES]))
     if out is not None:
-        old = record.read(out) if out.is_file() else []
-        record.write(out, record.merge(old, rows, [case.name for case in cases.CASES]))
         print(f"{out}: {len(rows)} rows")
     if arguments.compare is not None:
         print("\n".join(record.compare(record.read(Path(arguments.compare)), rows)))
