@@ -92,9 +92,9 @@ def run_case(
     for contender in contenders:
         if contender.name not in timings:
             print(f"{case.name}: {contender.name}: not measured: the machine was too busy", file=sys.stderr)
-    # Without its baseline a case has no speed to tell.
+    # Without its baseline, or with nothing else, a case has no speed to tell, and earlier rows of it stay.
     baseline = timings.get(next(iter(work.peers)))
-    if baseline is None:
+    if baseline is None or len(timings) == 1:
         return [], red
     rows = [
         record.row(
