@@ -74,7 +74,7 @@ def short(name: str) -> str:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[int, str], Kernel]:
     if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH; the kernels run on the CPU in test_cuda_on_cpu.py")
+        pytest.skip("nvcc is not on PATH; the kernels run on the CPU in test_*_on_cpu.py")
     folder = tmp_path_factory.mktemp("cubins")
     cases = [(source, target) for source in SOURCES for target in TARGETS]
     with ThreadPoolExecutor(2) as pool:
