@@ -197,7 +197,7 @@ def blocks(dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         return (128, 64, 8, 3)
     if dim <= 128:
         return (128, 64, 8, 2)
-    return (128, 32, 8, 2) if dim <= 160 else (64, 32, 8, 2)
+    return 64, 32, 8, 2
 
 
 def _tiles(keys: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:

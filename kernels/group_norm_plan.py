@@ -31,9 +31,9 @@ class Plan:
         kept = triton.next_power_of_2(self.groups)
         return {"CHANNELS": self.channels, "POSITIONS": self.positions, "GROUPS": self.groups, "KEPT": kept}
 
-    def warps(self, element_size: int) -> int:
-        """float32 tiles take more registers than four warps have."""
-        return 8 if self.channels * self.positions * element_size > 2 * TILE else 4
+    def warps(self, element_size: int, results: int = 1) -> int:
+        """float32 tiles, and two results, take more registers than four warps have."""
+        return 8 if self.channels * self.positions * element_size * results > 2 * TILE else 4
 
 
 def plan(channels: int, positions: int, groups: int, channels_last: bool) -> Plan:

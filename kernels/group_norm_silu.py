@@ -233,28 +233,27 @@ def run(
     strides = (1, channels) if channels_last else (positions, 1)
     cut = plan(channels, positions, groups, channels_last)
     size = channels // groups
+    results = 1 if total is None else 2
     with torch.cuda.device_of(x):
         sizes = (channels, positions, *strides)
         if cut.whole:
             whole_kernel[(samples * cut.slabs,)](
                 x, weight, bias, addend, residual, y, total, *sizes, cut.slabs, eps,
-                SILU=silu, SIZE=size, num_warps=cut.warps(x.element_size()), **cut.constants,
+                SILU=silu, SIZE=size, num_warps=cut.warps(x.element_size(), results), **cut.constants,
             )  # fmt: skip
         else:
             parts = cut.chunks * cut.pieces
             partial = x.new_empty((3, samples * groups, parts), dtype=torch.float32)
             grid = (samples * cut.slabs * cut.chunks,)
             cuts = (groups, cut.slabs, cut.chunks, cut.tiles)
-            constants = {
-                "SIZE": size,
-                "PIECES": cut.pieces,
-                "num_warps": cut.warps(x.element_size()),
-                **cut.constants,
-            }
-            moments_kernel[grid](x, addend, residual, partial, *sizes, *cuts, **constants)
+            constants = {"SIZE": size, "PIECES": cut.pieces, **cut.constants}
+            moments_kernel[grid](
+                x, addend, residual, partial, *sizes, *cuts, num_warps=cut.warps(x.element_size()), **constants
+            )
             apply_kernel[grid](
                 x, weight, bias, addend, residual, partial, y, total, *sizes, *cuts, eps,
-                SILU=silu, PARTIALS=triton.next_power_of_2(parts), **constants,
+                SILU=silu, PARTIALS=triton.next_power_of_2(parts), num_warps=cut.warps(x.element_size(), results),
+                **constants,
             )  # fmt: skip
     return y, x.new_empty(0) if total is None else total
 
@@ -281,7 +280,7 @@ def _case(kernel: Any, dtype: str, shape: tuple[int, int, int], layout: str, *gi
         kernel=kernel,
         signature=signature,
         constexprs={name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"},
-        num_warps=cut.warps(4 if dtype == "fp32" else 2),
+        num_warps=cut.warps(4 if dtype == "fp32" else 2, 2 if "total" in given and kernel is not moments_kernel else 1),
         divisible=(*pointers, *(name for name, value in integers.items() if types[name] == "i32" and value % 16 == 0)),
         wide_stores=0.0 if kernel is moments_kernel else 0.5,
     )
