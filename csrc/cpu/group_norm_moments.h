@@ -67,61 +67,64 @@ static Moments run_moments(const Source<T, PLAIN>& source, int64_t offset, int64
 
 // Of each channel over some rows of a channels-last sample, in the order of slot<T>.
 struct ChannelMoments {
-  float *near, *sum, *squares;  // sums of the distances to `near` and of their squares
+  float *near, *sum, *squares;  // the sum of the distances to `near`, and squared distances to the rows' own mean
   int64_t rows;
 };
 
-// Adds ROWS rows to the sums; with FIRST it sets `near` to their mean instead.
-template <int ROWS, bool FIRST, class T, bool PLAIN>
-static inline void add_rows(const Source<T, PLAIN>& source, int64_t offset, int64_t channels,
-                            const ChannelMoments& into) {
-  for_blocks(
-      channels, false, [&](int64_t c, auto width) __attribute__((always_inline)) {
-        Block near{}, sum{}, squares{};
-        if (!FIRST) {
-          near = load(into.near + c, Whole{});
-          sum = load(into.sum + c, Whole{});
-          squares = load(into.squares + c, Whole{});
-        }
-        for (int row = 0; row < ROWS; ++row) {
-          const Block h = source.at(offset + row * channels + c, width);
-          const Block d = {h.first - near.first, h.second - near.second};
-          sum.first += d.first;
-          sum.second += d.second;
-          squares.first += d.first * d.first;
-          squares.second += d.second * d.second;
-        }
-        if (FIRST) {
-          constexpr float SHARE = 1.0f / ROWS;
-          store({sum.first * SHARE, sum.second * SHARE}, into.near + c, Whole{});
-          sum = squares = Block{};
-        }
-        store(sum, into.sum + c, Whole{});
-        store(squares, into.squares + c, Whole{});
-      });
-}
-
-// Of the rows from `offset` on. Afterwards `squares` is about the rows' own mean, near + sum / rows.
-template <class T, bool PLAIN>
-static void row_moments(const Source<T, PLAIN>& source, int64_t offset, int64_t channels, const ChannelMoments& into) {
-  constexpr int TOGETHER = 8;
-  int64_t row = 0;
-  if (into.rows >= TOGETHER) {
-    add_rows<TOGETHER, true>(source, offset, channels, into);
-    for (; row + TOGETHER <= into.rows; row += TOGETHER) {
-      add_rows<TOGETHER, false>(source, offset + row * channels, channels, into);
+// BLOCKS blocks of channels side by side, whose sums stay in registers over all rows.
+template <int BLOCKS, class T, bool PLAIN, class Width>
+static inline void strip_moments(const Source<T, PLAIN>& source, int64_t offset, int64_t channels,
+                                 const ChannelMoments& into, int64_t first, Width width) {
+  constexpr int64_t HEAD = 8, AHEAD = 8;  // rows that give `near`; rows between a prefetch and its use
+  const int64_t head = smaller(into.rows, HEAD);
+  Block near[BLOCKS] = {}, sum[BLOCKS] = {}, squares[BLOCKS] = {};
+  for (int64_t row = 0; row < head; ++row) {
+    for (int b = 0; b < BLOCKS; ++b) {
+      const Block h = source.at(offset + row * channels + first + b * BLOCK, width);
+      near[b].first += h.first;
+      near[b].second += h.second;
     }
-  } else {
-    add_rows<1, true>(source, offset, channels, into);
   }
-  for (; row < into.rows; ++row) {
-    add_rows<1, false>(source, offset + row * channels, channels, into);
+  for (int b = 0; b < BLOCKS; ++b) {
+    near[b].first /= static_cast<float>(head);
+    near[b].second /= static_cast<float>(head);
+  }
+  for (int64_t row = 0; row < into.rows; ++row) {
+    const int64_t at = offset + row * channels + first;
+    // The hardware follows no rows as short as a strip. Past the last row lies the next strip.
+    const int64_t ahead = row + AHEAD < into.rows ? AHEAD * channels : (AHEAD - into.rows) * channels + BLOCKS * BLOCK;
+    prefetch<0>(source.x + at + ahead, BLOCKS * BLOCK);
+    for (int b = 0; b < BLOCKS; ++b) {
+      const Block h = source.at(at + b * BLOCK, width);
+      const Block d = {h.first - near[b].first, h.second - near[b].second};
+      sum[b].first += d.first;
+      sum[b].second += d.second;
+      squares[b].first += d.first * d.first;
+      squares[b].second += d.second * d.second;
+    }
   }
   const float n = static_cast<float>(into.rows);
-  for (int64_t c = 0; c < ceil_divide(channels, BLOCK) * BLOCK; c += LANES) {
-    const Floats sum = read(into.sum + c), squares = read(into.squares + c) - sum * sum / n;
-    write(squares > 0.0f ? squares : Floats{}, into.squares + c);
+  for (int b = 0; b < BLOCKS; ++b) {
+    const Block q = {squares[b].first - sum[b].first * sum[b].first / n,
+                     squares[b].second - sum[b].second * sum[b].second / n};
+    const int64_t c = first + b * BLOCK;
+    store(near[b], into.near + c, Whole{});
+    store(sum[b], into.sum + c, Whole{});
+    store({q.first > 0.0f ? q.first : Floats{}, q.second > 0.0f ? q.second : Floats{}}, into.squares + c, Whole{});
   }
+}
+
+// Of the rows from `offset` on.
+template <class T, bool PLAIN>
+static void row_moments(const Source<T, PLAIN>& source, int64_t offset, int64_t channels, const ChannelMoments& into) {
+  constexpr int WIDE = LANES == 16 ? 4 : 2;  // 6 registers a block
+  const int64_t whole = channels / BLOCK * BLOCK;
+  int64_t c = 0;
+  for (; c + WIDE * BLOCK <= whole; c += WIDE * BLOCK) {
+    strip_moments<WIDE>(source, offset, channels, into, c, Whole{});
+  }
+  for (; c < whole; c += BLOCK) strip_moments<1>(source, offset, channels, into, c, Whole{});
+  if (c < channels) strip_moments<1>(source, offset, channels, into, c, Part{channels - c});
 }
 
 // The parts of one sample merged, for LANES channels: mean = near[0] + distance.

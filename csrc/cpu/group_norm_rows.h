@@ -75,12 +75,16 @@ class Rows {
   void finish_group(int64_t sample, int64_t group) const {
     const int64_t size = args_.channels / args_.groups, begin = group * size;
     const ChannelMoments& merged = moments_[sample * parts_];
-    Moments whole;
-    for (int64_t c = begin; c < begin + size; ++c) {
-      const int64_t at = slot<T>(c);
-      const double mean = static_cast<double>(merged.near[at]) + merged.sum[at];
+    const double rows = static_cast<double>(args_.spatial);
+    const auto mean_of = [&](int64_t c) {
       const double addend = parameter(args_.addend, sample * args_.channels + c, 0.0);
-      whole.merge({static_cast<double>(args_.spatial), mean + addend, merged.squares[at]});
+      return static_cast<double>(merged.near[slot<T>(c)]) + merged.sum[slot<T>(c)] + addend;
+    };
+    Moments whole{rows * static_cast<double>(size), 0.0, 0.0};
+    for (int64_t c = begin; c < begin + size; ++c) whole.mean += mean_of(c) / static_cast<double>(size);
+    for (int64_t c = begin; c < begin + size; ++c) {
+      const double distance = mean_of(c) - whole.mean;
+      whole.squares += merged.squares[slot<T>(c)] + rows * distance * distance;
     }
     const double inverse = inverse_deviation(args_, whole);
     for (int64_t c = begin; c < begin + size; ++c) {
