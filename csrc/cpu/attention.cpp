@@ -12,8 +12,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "attention_pack.h"
+#include "attention_rows.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -59,10 +61,11 @@ class Worker {
                              Math::PAIR == 1 ? 0 : MAX_KEYS / Math::PAIR * MAX_QUERIES,
                              MAX_KEYS * MAX_QUERIES,
                              padded * MAX_QUERIES,
-                             padded * LANES};
-    int64_t offsets[9] = {};
-    for (int i = 0; i < 8; ++i) offsets[i + 1] = offsets[i] + round_up(sizes[i], 16);
-    float* base = static_cast<float*>(arena.reserve(offsets[8] * 4));
+                             padded * LANES,
+                             FewQueries::floats(args)};
+    int64_t offsets[10] = {};
+    for (int i = 0; i < 9; ++i) offsets[i + 1] = offsets[i] + round_up(sizes[i], 16);
+    float* base = static_cast<float*>(arena.reserve(offsets[9] * 4));
     if (base == nullptr) return;
     k_ = reinterpret_cast<Element*>(base);
     v_ = reinterpret_cast<Element*>(base + offsets[1]);
@@ -72,19 +75,27 @@ class Worker {
     scratch_.mask = base + offsets[5];
     scratch_.out = base + offsets[6];
     scratch_.rows = base + offsets[7];
+    few_ = base + offsets[8];
   }
 
   bool ready() const { return k_ != nullptr; }
 
   // The block of queries from `query` on, of head `head` of sample `sample`.
   void run(int64_t sample, int64_t head, int64_t query) {
+    int64_t count = std::min(MAX_QUERIES, args_.queries - query);
+    const int64_t rest = count % LANES;
+    if (args_.q.type == Type::F32 && rest > 0 && rest <= FewQueries::most(args_)) {
+      count -= rest;
+      FewQueries(args_, few_).run(sample, head, query + count, rest);
+      if (count == 0) return;
+    }
     if (sample != sample_ || head != head_) {
       sample_ = sample, head_ = head;
       load_head();
     }
-    const int64_t count = std::min(MAX_QUERIES, args_.queries - query);
-    if (args_.mask || args_.mask_bool) return blocks<COLUMNS, true>(query, count);
-    blocks<COLUMNS, false>(query, count);
+    if (args_.mask_bool) return blocks<COLUMNS, Mask::KEPT>(query, count);
+    if (args_.mask) return blocks<COLUMNS, Mask::ADDED>(query, count);
+    blocks<COLUMNS, Mask::NONE>(query, count);
   }
 
  private:
@@ -106,26 +117,27 @@ class Worker {
   int64_t start(const int64_t (&strides)[3]) const { return sample_ * strides[0] + head_ * strides[1]; }
 
   // The block with the fewest vectors that hold `count` queries.
-  template <int WIDTH, bool MASKED>
+  template <int WIDTH, Mask MASK>
   void blocks(int64_t query, int64_t count) {
     if constexpr (WIDTH > 1) {
-      if (count <= (WIDTH - 1) * LANES) return blocks<WIDTH - 1, MASKED>(query, count);
+      if (count <= (WIDTH - 1) * LANES) return blocks<WIDTH - 1, MASK>(query, count);
     }
-    block<WIDTH, MASKED>(query, count);
+    block<WIDTH, MASK>(query, count);
   }
 
-  template <int WIDTH, bool MASKED>
+  template <int WIDTH, Mask MASK>
   void block(int64_t query, int64_t count) {
     constexpr int64_t width = WIDTH * LANES;
     load_queries(args_, start(args_.q_strides), query, count, width, scratch_);
     const auto mask = [&](int64_t key, int64_t keys) {
       const int64_t* strides = args_.mask_strides;
       const int64_t offset = sample_ * strides[0] + head_ * strides[1] + query * strides[2] + key * strides[3];
-      load_mask(args_, offset, count, width, keys, scratch_);
+      load_mask<std::conditional_t<MASK == Mask::KEPT, uint8_t, float>>(args_, offset, count, width, keys,
+                                                                        scratch_.mask);
     };
     Floats inverse[WIDTH];
     const float c = std::fabs(args_.scale) * LOG2E;
-    attend<Math, WIDTH, MASKED>(loaded_, scratch_, c, mask, inverse);
+    attend<Math, WIDTH, MASK>(loaded_, scratch_, c, mask, inverse);
     const int64_t first = ((sample_ * args_.queries + query) * args_.heads + head_) * args_.dim;
     store_rows(args_, first, count, width, inverse, scratch_);
   }
@@ -134,16 +146,17 @@ class Worker {
   Scratch<Math> scratch_;
   Head<Math> loaded_;
   Element *k_ = nullptr, *v_ = nullptr;
+  float* few_;
   int64_t steps_, sample_ = -1, head_ = -1;
 };
 
-template <class Math>
+template <class Worker>
 void run(const AttentionArgs& args) {
   const int64_t blocks = (args.queries + MAX_QUERIES - 1) / MAX_QUERIES, tasks = args.batch * args.heads * blocks;
   const int64_t threads = std::min<int64_t>(args.threads, tasks);
   std::atomic<bool> exhausted = false;
   parallel_for(threads, args.threads, [&](int64_t thread) {
-    Worker<Math> worker(args);
+    Worker worker(args);
     if (!worker.ready()) {
       exhausted = true;
       return;
@@ -159,11 +172,12 @@ void run(const AttentionArgs& args) {
 }  // namespace
 
 void attention(const AttentionArgs& args) {
+  if (args.q.type == Type::F32 && args.keys == 1) return run<OneKey>(args);
 #ifdef FASTDIFF_BF16_DOT
   static const bool bf16_dot = __builtin_cpu_supports("avx512bf16");
-  if (args.q.type == Type::BF16 && bf16_dot) return run<BFloat16>(args);
+  if (args.q.type == Type::BF16 && bf16_dot) return run<Worker<BFloat16>>(args);
 #endif
-  run<Float32>(args);
+  run<Worker<Float32>>(args);
 }
 
 }  // namespace fastdiff::cpu::CPU_CAPABILITY

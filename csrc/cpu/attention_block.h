@@ -29,19 +29,32 @@ struct Head {
   int64_t k_stride, v_stride, keys, dim, k_steps;
 };
 
+// What the mask adds to the scores: nothing, its values, or -inf for the keys that it does not keep.
+enum class Mask { NONE, ADDED, KEPT };
+
 // Memory of one thread; `width` is the number of queries in the block, rounded up to whole vectors.
 template <class Math>
 struct Scratch {
   typename Math::Element* q;        // (k_steps, width)
   float* scores;                    // (MAX_KEYS, width)
   typename Math::Element* weights;  // (MAX_KEYS / PAIR, width); may be the scores themselves
-  float* mask;                      // (MAX_KEYS, width), in units of log2
+  float* mask;                      // (MAX_KEYS, width), in units of log2; Mask::KEPT: (MAX_KEYS / 4, width) words of
+                                    // four keys, a byte each, the first the lowest
   float* out;                       // (dim rounded up to LANES, width)
   float* rows;                      // (LANES, dim rounded up to LANES)
 };
 
+// What is added to the scores of vector `w` of the queries with key `key` of its block.
+template <class Math, int WIDTH, Mask MASK>
+inline Floats mask_value(const Scratch<Math>& scratch, int64_t key, int w) {
+  if constexpr (MASK == Mask::ADDED) return get(scratch.mask + (key * WIDTH + w) * LANES);
+  const Ints word = reinterpret_cast<Ints>(get(scratch.mask + (key / 4 * WIDTH + w) * LANES));
+  const Ints hidden = (word & (0xFF << key % 4 * 8)) == 0;
+  return reinterpret_cast<Floats>(hidden & reinterpret_cast<Ints>(broadcast(-INF)));
+}
+
 // Scores of `keys` keys and their maximum; with a mask they are scaled, else raw.
-template <class Math, int WIDTH, bool MASKED>
+template <class Math, int WIDTH, Mask MASK>
 inline void score(const Head<Math>& head, const Scratch<Math>& scratch, int64_t first, int64_t keys, float c,
                   Floats (&largest)[WIDTH]) {
   for_tiles<TILE_ROWS<WIDTH>>(0, keys, [&]<int ROWS>(int64_t key) {
@@ -51,10 +64,10 @@ inline void score(const Head<Math>& head, const Scratch<Math>& scratch, int64_t 
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
       for (int w = 0; w < WIDTH; ++w) {
-        const int64_t offset = ((key + r) * WIDTH + w) * LANES;
-        const Floats value = MASKED ? sum[r][w] * c + get(scratch.mask + offset) : sum[r][w];
+        Floats value = sum[r][w];
+        if constexpr (MASK != Mask::NONE) value = value * c + mask_value<Math, WIDTH, MASK>(scratch, key + r, w);
         largest[w] = maximum(value, largest[w]);
-        put(scratch.scores + offset, value);
+        put(scratch.scores + ((key + r) * WIDTH + w) * LANES, value);
       }
     }
   });
@@ -112,7 +125,7 @@ inline void accumulate(const Head<Math>& head, const Scratch<Math>& scratch, int
 
 // The block of queries in scratch.q against all keys; scratch.out (dim, width) receives o and inverse 1 / l, where
 // load_mask(first key, keys) fills scratch.mask. c >= 0.
-template <class Math, int WIDTH, bool MASKED, class LoadMask>
+template <class Math, int WIDTH, Mask MASK, class LoadMask>
 inline void attend(const Head<Math>& head, const Scratch<Math>& scratch, float c, const LoadMask& load_mask,
                    Floats (&inverse)[WIDTH]) {
   const int64_t blocks = (head.keys + MAX_KEYS - 1) / MAX_KEYS;
@@ -121,11 +134,11 @@ inline void attend(const Head<Math>& head, const Scratch<Math>& scratch, float c
   for (int w = 0; w < WIDTH; ++w) largest[w] = broadcast(-INF);
   for (int64_t first = 0; first < head.keys; first += step) {
     const int64_t keys = std::min(step, head.keys - first);
-    if constexpr (MASKED) load_mask(first, keys);
+    if constexpr (MASK != Mask::NONE) load_mask(first, keys);
     Floats before[WIDTH], shift[WIDTH], alpha[WIDTH];
     for (int w = 0; w < WIDTH; ++w) before[w] = largest[w];
-    score<Math, WIDTH, MASKED>(head, scratch, first, keys, c, largest);
-    const float factor = MASKED ? 1.0f : c;
+    score<Math, WIDTH, MASK>(head, scratch, first, keys, c, largest);
+    const float factor = MASK == Mask::NONE ? c : 1.0f;
     for (int w = 0; w < WIDTH; ++w) {
       // With every key masked so far the maximum is -inf; 0 in its place gives weights of 0 instead of NaN.
       shift[w] = (largest[w] == -INF ? Floats{} : largest[w]) * factor;

@@ -92,11 +92,10 @@ inline void load_queries(const AttentionArgs& args, int64_t offset, int64_t quer
 inline void load_mask_row(const AttentionArgs& args, int64_t offset, int64_t keys, float* row) {
   const int64_t stride = args.mask_strides[3];
   if (const bool* keep = args.mask_bool) {
-    keep += offset;
-    if (stride == 1) {
-      for (int64_t i = 0; i < keys; ++i) row[i] = keep[i] ? 0.0f : -INF;
-    } else {
-      for (int64_t i = 0; i < keys; ++i) row[i] = keep[i * stride] ? 0.0f : -INF;
+    constexpr int32_t minus_inf = static_cast<int32_t>(0xFF800000u);
+    for (int64_t i = 0; i < keys; ++i) {
+      const int32_t value = keep[offset + i * stride] ? 0 : minus_inf;
+      memcpy(row + i, &value, sizeof(value));
     }
     return;
   }
@@ -109,15 +108,32 @@ inline void load_mask_row(const AttentionArgs& args, int64_t offset, int64_t key
   for (int64_t i = 0; i < keys; ++i) row[i] = row[i] == -INF ? -INF : std::max(row[i] * LOG2E, least);
 }
 
-// The mask of `count` queries from element `offset` on and of `keys` keys, as scratch.mask (keys, width).
-template <class Math>
+// A byte for each key, 0 where it is masked.
+inline void load_mask_row(const AttentionArgs& args, int64_t offset, int64_t keys, uint8_t* row) {
+  const bool* keep = args.mask_bool + offset;
+  const int64_t stride = args.mask_strides[3];
+  if (stride == 1) {
+    memcpy(row, keep, keys);
+  } else {
+    for (int64_t i = 0; i < keys; ++i) row[i] = keep[i * stride];
+  }
+}
+
+// The mask of `count` queries from element `offset` on and of `keys` keys, its rows of T, as columns of words.
+template <class T>
 inline void load_mask(const AttentionArgs& args, int64_t offset, int64_t count, int64_t width, int64_t keys,
-                      const Scratch<Math>& scratch) {
-  float rows[LANES * MAX_KEYS];
+                      float* columns) {
+  constexpr int64_t in_word = sizeof(float) / sizeof(T), stride = MAX_KEYS / in_word;
+  const int64_t steps = (keys + in_word - 1) / in_word;
+  float words[LANES * stride];
+  T* rows = reinterpret_cast<T*>(words);
   if (args.mask_strides[2] == 0) {
     load_mask_row(args, offset, keys, rows);
-    for (int64_t key = 0; key < keys; ++key) {
-      for (int64_t lane = 0; lane < width; lane += LANES) put(scratch.mask + key * width + lane, broadcast(rows[key]));
+    for (int64_t t = 0; t < steps; ++t) {
+      int32_t word;
+      memcpy(&word, words + t, sizeof(word));
+      const Floats repeated = reinterpret_cast<Floats>(word - Ints{});
+      for (int64_t lane = 0; lane < width; lane += LANES) put(columns + t * width + lane, repeated);
     }
     return;
   }
@@ -126,10 +142,10 @@ inline void load_mask(const AttentionArgs& args, int64_t offset, int64_t count, 
       if (lane + r < count) {
         load_mask_row(args, offset + (lane + r) * args.mask_strides[2], keys, rows + r * MAX_KEYS);
       } else {
-        std::fill_n(rows + r * MAX_KEYS, keys, 0.0f);
+        memset(rows + r * MAX_KEYS, 0, keys * sizeof(T));
       }
     }
-    to_columns(rows, MAX_KEYS, scratch.mask + lane, width, keys);
+    to_columns(words, stride, columns + lane, width, steps);
   }
 }
 

@@ -56,9 +56,8 @@ class _Native:
         operator: str,
         tensors: int,
         limits: Callable[..., str | None] | None = None,
-        cedes: Callable[..., bool] | None = None,
     ) -> None:
-        self.operator, self.tensors, self.limits, self._cedes = operator, tensors, limits, cedes
+        self.operator, self.tensors, self.limits = operator, tensors, limits
         self._run: Callable[..., Any] | None = None
 
     def unavailable(self) -> str | None:
@@ -85,7 +84,7 @@ class _Native:
         return None if self.limits is None else self.limits(*args)
 
     def cedes(self, *args: Any) -> bool:
-        return self._cedes is not None and self._cedes(*args)
+        return False
 
     def run(self, *args: Any) -> Any:
         assert self._run is not None  # `supports` came first
@@ -105,12 +104,6 @@ def _sampler_step_limits(*args: Any) -> str | None:
     return None
 
 
-def _attention_cedes(q: Tensor, *_: Any) -> bool:
-    # Queries lie along vectors of 16. With so few, in float32, PyTorch's matrix-vector product takes half
-    # the time; in float16 and bfloat16 it takes twice as long. Measured with AVX-512.
-    return q.dtype == torch.float32 and q.shape[2] <= 8
-
-
 def _group_norm_silu_limits(x: Tensor, groups: int, *_: Any) -> str | None:
     if x.is_cuda and not x.is_contiguous() and x.shape[1] // groups > MAX_CUDA_GROUP:
         return (
@@ -124,5 +117,5 @@ BACKENDS: dict[str, Backend] = {
     "add_noise": _Native("add_noise", 1),
     "philox_normal": _Native("philox_normal", 0, _philox_normal_limits),
     "group_norm_silu": _Native("group_norm_silu", 1, _group_norm_silu_limits),
-    "attention": _Native("attention", 3, cedes=_attention_cedes),
+    "attention": _Native("attention", 3),
 }
