@@ -80,9 +80,8 @@ class Worker {
 
   bool ready() const { return k_ != nullptr; }
 
-  // The block of queries from `query` on, of head `head` of sample `sample`.
-  void run(int64_t sample, int64_t head, int64_t query) {
-    int64_t count = std::min(MAX_QUERIES, args_.queries - query);
+  // `count` queries from `query` on, of head `head` of sample `sample`.
+  void run(int64_t sample, int64_t head, int64_t query, int64_t count) {
     const int64_t rest = count % LANES;
     if (args_.q.type == Type::F32 && rest > 0 && rest <= FewQueries::most(args_)) {
       count -= rest;
@@ -150,10 +149,19 @@ class Worker {
   int64_t steps_, sample_ = -1, head_ = -1;
 };
 
+// Queries in a task: a full block, or less where full blocks are few and leave threads idle. Each query's result is the
+// same in any block.
+int64_t block_of(const AttentionArgs& args) {
+  const auto tasks = [&](int64_t block) { return args.batch * args.heads * ((args.queries + block - 1) / block); };
+  int64_t block = MAX_QUERIES;
+  while (block > LANES && tasks(block) < 4 * args.threads && tasks(block) % args.threads != 0) block /= 2;
+  return block;
+}
+
 template <class Worker>
 void run(const AttentionArgs& args) {
-  const int64_t blocks = (args.queries + MAX_QUERIES - 1) / MAX_QUERIES, tasks = args.batch * args.heads * blocks;
-  const int64_t threads = std::min<int64_t>(args.threads, tasks);
+  const int64_t block = block_of(args), blocks = (args.queries + block - 1) / block;
+  const int64_t tasks = args.batch * args.heads * blocks, threads = std::min<int64_t>(args.threads, tasks);
   std::atomic<bool> exhausted = false;
   parallel_for(threads, args.threads, [&](int64_t thread) {
     Worker worker(args);
@@ -162,8 +170,8 @@ void run(const AttentionArgs& args) {
       return;
     }
     for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-      const int64_t head = task / blocks;
-      worker.run(head / args.heads, head % args.heads, task % blocks * MAX_QUERIES);
+      const int64_t head = task / blocks, query = task % blocks * block;
+      worker.run(head / args.heads, head % args.heads, query, std::min(block, args.queries - query));
     }
   });
   if (exhausted) throw std::bad_alloc();

@@ -84,21 +84,20 @@ class OneKey : Rows {
 
   bool ready() const { return true; }
 
-  // The block of queries from `query` on, of head `head` of sample `sample`.
-  void run(int64_t sample, int64_t head, int64_t query) const {
-    const int64_t end = std::min(query + MAX_QUERIES, args.queries);
+  // `count` queries from `query` on, of head `head` of sample `sample`.
+  void run(int64_t sample, int64_t head, int64_t query, int64_t count) const {
     const float *key = k(sample, head), *value = v(sample, head);
-    for (; query < end; query += LANES) {
-      const int64_t count = std::min<int64_t>(LANES, end - query);
-      Floats score = dots(q(sample, head, query), args.q_strides[2], count, key, args.dim) * args.scale;
+    for (; count > 0; query += LANES, count -= LANES) {
+      const int64_t rows = std::min<int64_t>(LANES, count);
+      Floats score = dots(q(sample, head, query), args.q_strides[2], rows, key, args.dim) * args.scale;
       if (masked()) {
         float added[LANES] = {};
-        for (int64_t r = 0; r < count; ++r) load_mask_row(args, mask(sample, head, query + r), 1, added + r);
+        for (int64_t r = 0; r < rows; ++r) load_mask_row(args, mask(sample, head, query + r), 1, added + r);
         score += get(added);
       }
       float weights[LANES];
       put(weights, score == -INF ? Floats{} : 1.0f + (score - score));  // 1 + NaN where the score is not finite
-      for (int64_t r = 0; r < count; ++r) {
+      for (int64_t r = 0; r < rows; ++r) {
         float* target = out(sample, head, query + r);
         for (int64_t d = 0; d < args.dim; d += LANES) {
           put(target + d, get(value + d, args.dim - d) * weights[r], args.dim - d);
