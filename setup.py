@@ -1,18 +1,21 @@
 """Builds fastdiff._C: C++ for the CPU, compiled once per instruction set, and CUDA C++ where a toolkit is.
 
-FASTDIFF_CUDA         auto (the default): with CUDA if PyTorch has it and a toolkit is found; 0: without; 1: required.
+FASTDIFF_CUDA         auto (the default): with CUDA if PyTorch has it and a toolkit for it is found; 0: without;
+                      1: required.
 TORCH_CUDA_ARCH_LIST  PyTorch's own: the architectures to compile for. By default those of the GPUs that are here, and
                       where none is, Ampere and Hopper.
 """
 
 import os
 import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 ROOT = Path(__file__).parent
 CPU_KERNELS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
@@ -29,14 +32,35 @@ if platform.machine() not in ("x86_64", "AMD64"):
     CAPABILITIES = {"DEFAULT": []}
 
 
+def cuda_missing() -> str | None:
+    """Why the CUDA kernels cannot be built here; None if they can."""
+    if torch.version.cuda is None:
+        return "PyTorch is built without CUDA"
+    if CUDA_HOME is None:
+        return "no CUDA toolkit is found; CUDA_HOME can say where it is"
+    home = Path(CUDA_HOME)
+    folders = include_paths(device_type="cuda")
+    if not (home / "bin/nvcc").is_file() or not any((Path(f) / "cuda_runtime.h").is_file() for f in folders):
+        return f"CUDA_HOME={home} is no CUDA toolkit: expected bin/nvcc and include/cuda_runtime.h in it"
+    text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)", text)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"the toolkit in {home} is for another CUDA than PyTorch's {torch.version.cuda}"
+    return None
+
+
 def with_cuda() -> bool:
     wanted = os.environ.get("FASTDIFF_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"FASTDIFF_CUDA={wanted}: expected auto, 0 or 1")
-    possible = CUDA_HOME is not None and torch.version.cuda is not None
-    if wanted == "1" and not possible:
-        raise SystemExit("FASTDIFF_CUDA=1: expected a CUDA toolkit and a CUDA build of PyTorch; found not both")
-    return possible and wanted != "0"
+    if wanted == "0":
+        return False
+    missing = cuda_missing()
+    if missing and wanted == "1":
+        raise SystemExit(f"FASTDIFF_CUDA=1: {missing}")
+    if missing:
+        print(f"fastdiff: built without CUDA kernels: {missing}")
+    return missing is None
 
 
 class Build(BuildExtension):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -22,6 +24,22 @@ def setup(folder: Path, *commands: str) -> None:
         [sys.executable, "setup.py", "-q", *egg_info, *commands], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("value", "home", "said"),
+    [
+        ("yes", None, "FASTDIFF_CUDA=yes: expected auto, 0 or 1"),
+        ("1", "/nowhere", "is no CUDA toolkit" if torch.version.cuda else "PyTorch is built without CUDA"),
+    ],
+)
+def test_cuda_that_cannot_be_built(value: str, home: str | None, said: str) -> None:
+    environment = {**os.environ, "FASTDIFF_CUDA": value} | ({} if home is None else {"CUDA_HOME": home})
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert said in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
