@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 .PHONY: demo test lint bench quality gpu clean
 
 demo: .venv/installed
-	$(BIN)/fastdiff sample --count 64 --steps 20 --guidance 2 --seed 0 --columns 10 --out demo.png
+	$(BIN)/fastdiff sample --count 64 --steps 20 --guidance 2 --seed 0 --columns 8 --out demo.png
 
 test: .venv/developing
 	$(BIN)/python -m pytest

@@ -58,8 +58,14 @@ def write(path: Path, images: Images, *, columns: int, labels: Sequence[int] | N
     write_atomic(path, buffer.getvalue())
 
 
+def columns_for(count: int) -> int:
+    """The fewest columns that `count` images fill, between a square's and twice as many; else a square's."""
+    square = math.isqrt(count - 1) + 1
+    return next((columns for columns in range(square, 2 * square + 1) if count % columns == 0), square)
+
+
 def grid(images: Images, columns: int) -> Image.Image:
-    """The images side by side, in rows of `columns`, on white."""
+    """The images side by side, in rows of `columns`, parted by white lines; a place without an image is black."""
     count, channels, height, width = images.shape
     columns = min(columns, count)
     scale = max(1, math.ceil(LEGIBLE / max(height, width)))
@@ -68,8 +74,9 @@ def grid(images: Images, columns: int) -> Image.Image:
     size = rows * (height + GAP) + GAP, columns * (width + GAP) + GAP
     canvas = np.full((*size, channels), 255, dtype=np.uint8)
     pixels = np.round((images.transpose(0, 2, 3, 1) + 1.0) * 127.5).clip(0, 255).astype(np.uint8)
-    for index, image in enumerate(pixels.repeat(scale, axis=1).repeat(scale, axis=2)):
+    drawn = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    for index in range(rows * columns):
         top = GAP + index // columns * (height + GAP)
         left = GAP + index % columns * (width + GAP)
-        canvas[top : top + height, left : left + width] = image
+        canvas[top : top + height, left : left + width] = drawn[index] if index < count else 0
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)

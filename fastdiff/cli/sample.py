@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--batch-size", type=int, default=64, metavar="N", help="images drawn at once (default 64)")
     result = parser.add_argument_group("result")
     result.add_argument("--out", default="samples.png", metavar="FILE", help=".png or .npz (default samples.png)")
-    result.add_argument("--columns", type=int, metavar="N", help="images in a row of the grid (default: a square)")
+    result.add_argument("--columns", type=int, metavar="N", help="images in a row (default: a full grid if one fits)")
     result.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     result.add_argument("--no-progress", action="store_true", help="no progress bar")
 
@@ -112,7 +112,7 @@ def main(arguments: argparse.Namespace) -> int:
             **options,
         ).cpu()
         seconds = time.perf_counter() - started
-    columns = arguments.columns or math.ceil(math.sqrt(arguments.count))
+    columns = arguments.columns or output.columns_for(arguments.count)
     output.write(path, images.numpy(), columns=columns, labels=labels, seeds=seeds)
     _print_result(arguments, path, device, labels, seconds)
     return 0
