@@ -1,28 +1,29 @@
 """fastdiff: the fastest honest way to sample from a diffusion model."""
 
-from importlib import import_module
-from typing import Any
+from fastdiff import engine, models, ops, samplers, schedules, training
+from fastdiff.config import use_backend
+from fastdiff.engine.run import run
+from fastdiff.engine.sample import sample
+from fastdiff.errors import BackendError, CheckpointError, InputError
+from fastdiff.models.loading import load_model
+from fastdiff.ops import explain, report
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "explain": "fastdiff.ops",
-    "report": "fastdiff.ops",
-    "use_backend": "fastdiff.config",
-    "run": "fastdiff.engine.run",
-    "sample": "fastdiff.engine.sample",
-    "load_model": "fastdiff.models.loading",
-    "InputError": "fastdiff.errors",
-    "BackendError": "fastdiff.errors",
-    "CheckpointError": "fastdiff.errors",
-}
-_MODULES = ("engine", "models", "ops", "samplers", "schedules", "training")
-__all__ = sorted([*_PUBLIC, *_MODULES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    if name in _MODULES:
-        return import_module(f"fastdiff.{name}")
-    raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "InputError",
+    "engine",
+    "explain",
+    "load_model",
+    "models",
+    "ops",
+    "report",
+    "run",
+    "sample",
+    "samplers",
+    "schedules",
+    "training",
+    "use_backend",
+]

@@ -171,11 +171,10 @@ def test_nothing_catches_everything(path: str) -> None:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import fastdiff", ["torch", "triton", "diffusers", "numpy", "PIL"]),
-        ("import fastdiff; fastdiff.ops, fastdiff.samplers, fastdiff.models", ["triton", "diffusers", "matplotlib"]),
+        ("import fastdiff", ["triton", "diffusers", "matplotlib", "PIL"]),
         ("import fastdiff.cli.sample, fastdiff.cli.info, fastdiff.cli.methods", ["triton", "diffusers", "matplotlib"]),
     ],
-    ids=["fastdiff", "its modules", "the command line"],
+    ids=["fastdiff", "the command line"],
 )
 def test_importing_does_little(statement: str, absent: list[str]) -> None:
     """No library that is not needed, no kernel package, and no CUDA initialisation."""

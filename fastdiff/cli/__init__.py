@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fastdiff {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # Only the command that is asked for is imported: `fastdiff --help` does not wait for torch.
+    # Only the command that is asked for is imported, and with it the libraries that it alone needs.
     asked = next((argument for argument in arguments if not argument.startswith("-")), None)
     module = import_module(f"fastdiff.cli.{asked}") if asked in COMMANDS else None
     for name, summary in COMMANDS.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +29,9 @@ MAX_CUDA_GROUP = 12288
 def extension() -> ModuleType | str:
     """The compiled module fastdiff._C, or why it cannot be had."""
     try:
-        from fastdiff import _C
+        return import_module("fastdiff._C")
     except ImportError as error:
         return f"the compiled extension cannot be loaded ({error}); reinstall fastdiff with a C++ compiler present"
-    return _C
 
 
 def cuda_built() -> bool:
