@@ -108,4 +108,4 @@ def extension():
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+setup(license="MIT", ext_modules=[extension()], cmdclass={"build_ext": Build})

@@ -17,13 +17,14 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def setup(folder: Path, *commands: str) -> None:
-    """Run setup.py; its own files go to `folder`, the compiled objects are those of the last installation."""
+def setup(folder: Path, *commands: str) -> str:
+    """What setup.py says; its own files go to `folder`, the compiled objects are those of the last installation."""
     egg_info = ["egg_info", "--egg-base", str(folder)]
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", *egg_info, *commands], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,12 @@ def test_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
     )
     assert needed | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"} <= names
     assert not any(name.endswith((".so", ".pyc")) for name in names)
+
+
+def test_the_licence_is_named_without_a_warning(tmp_path: Path) -> None:
+    assert "deprecated" not in setup(tmp_path)
+    (information,) = tmp_path.glob("*.egg-info/PKG-INFO")
+    assert {"License: MIT", "License-File: LICENSE"} <= set(information.read_text(encoding="utf-8").splitlines())
 
 
 def test_packages_are_listed() -> None:
