@@ -63,7 +63,7 @@ def run(
 
     Errors: InputError for arguments that do not fit each other or a model output of another shape.
     """
-    keys = seed_tensor(as_list("seeds", seeds), device)
+    keys = seed_tensor(seeds, device)
     full = _batch_shape(shape, len(keys))
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -123,13 +123,6 @@ def _loop(
         if callback is not None:
             callback(StepInfo(index, rows, float(table.timesteps[index]), x, output))
     return x
-
-
-def as_list(name: str, values: Iterable[int]) -> list[int]:
-    """The values as a list; InputError for a single one."""
-    if not isinstance(values, Iterable):
-        raise InputError(f"{name}: expected one integer per sample, got {values!r}; pass [{values!r}]")
-    return list(values)
 
 
 def _batch_shape(shape: Sequence[int], samples: int) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import samplers
-from fastdiff.engine.run import StepInfo, as_list, run
+from fastdiff.engine.run import StepInfo, run
 from fastdiff.errors import InputError
+from fastdiff.noise import integers, seed_tensor
 from fastdiff.schedules import Schedule
 
 
@@ -62,14 +63,14 @@ def sample(
     """
     options = {"clip": model.clip, **options}
     table = samplers.build(method, schedule=model.schedule, steps=steps, prediction=model.prediction, **options)
-    keys = as_list("seeds", seeds)
+    keys = seed_tensor(seeds).tolist()
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size: expected a positive whole number, got {batch_size!r}")
     where, precision = _placement(model.network, device, dtype)
     classes = _classes(model, labels, len(keys), guidance)
     guided = guidance != 1.0
     parts = []
-    for start in range(0, max(len(keys), 1), batch_size):
+    for start in range(0, len(keys), batch_size):
         part = keys[start : start + batch_size]
         denoiser = _denoiser(model, classes, slice(start, start + len(part)), guided, where)
         parts.append(
@@ -113,13 +114,13 @@ def _classes(model: Model, labels: Iterable[int] | None, samples: int, guidance:
         if model.null_label is None:
             raise InputError(f"labels: expected one class from 0 to {model.num_classes - 1} per seed, got None")
         return [model.null_label] * samples
-    classes = as_list("labels", labels)
+    classes = integers("labels", labels)
     if len(classes) != samples:
         raise InputError(f"labels: expected {samples}, one per seed, got {len(classes)}")
     for index, label in enumerate(classes):
-        if isinstance(label, bool) or not hasattr(label, "__index__") or not 0 <= int(label) < model.num_classes:
-            raise InputError(f"labels[{index}]: expected a class from 0 to {model.num_classes - 1}, got {label!r}")
-    return [int(label) for label in classes]
+        if not 0 <= label < model.num_classes:
+            raise InputError(f"labels[{index}]: expected a class from 0 to {model.num_classes - 1}, got {label}")
+    return classes
 
 
 def _placement(

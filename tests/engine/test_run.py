@@ -216,7 +216,9 @@ def test_the_loop_never_reads_from_the_device(method):
     ("arguments", "message"),
     [
         ({"seeds": range(4)}, "seeds: expected 5, one per sample"),
-        ({"seeds": 3}, "seeds: expected one integer per sample, got 3"),
+        ({"seeds": 3}, "seeds: expected one integer per sample, got 3; pass a list or a range"),
+        ({"seeds": "seeds"}, "seeds: expected one integer per sample, got 'seeds'"),
+        ({"seeds": [1, 2, 3, 4, -(2**63) - 1]}, r"seeds\[4\]: expected an integer of at most 64 bits"),
         ({"seeds": []}, "seeds: expected at least one"),
         ({"seeds": [1, 2, 3, 4, "five"]}, r"seeds\[4\]: expected an integer"),
         ({"shape": ()}, "shape: expected the positive sizes"),
