@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 import fastdiff
 
 CUDA = torch.cuda.is_available()
+
+
+def require_cuda_kernels() -> None:
+    """Skip where the extension has no CUDA kernels; fail where it could have them."""
+    if fastdiff.ops.native.cuda_built():
+        return
+    if torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None:
+        pytest.fail("the extension was built without CUDA, though it could have it; set FASTDIFF_CUDA=1 and build")
+    pytest.skip("the extension was built without CUDA, and a GPU or a toolkit to build it with is missing")
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,8 @@ class Target:
 
     @contextmanager
     def forced(self) -> Iterator[None]:
-        if self == Target("native", "cuda") and not fastdiff.ops.native.cuda_built():
-            pytest.skip("the extension was built without CUDA")
+        if self == Target("native", "cuda"):
+            require_cuda_kernels()
         with fastdiff.use_backend(self.backend):
             yield
 

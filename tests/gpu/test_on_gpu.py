@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import require_cuda_kernels
 from inputs import DTYPES, LAYOUTS
 from tolerance import assert_close_to_truth
 
@@ -27,8 +28,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _native() -> Iterator[None]:
-    if not ops.native.cuda_built():
-        pytest.skip("the extension was built without CUDA")
+    require_cuda_kernels()
     with fastdiff.use_backend("native"):
         yield
 
