@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.ops.registry import Backend
+from fastdiff.ops.registry import Backend, KernelBackend
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ON_CUDA = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu")
 """Operators with a CUDA C++ kernel; the others run on Triton there."""
 
@@ -46,62 +45,35 @@ def capability() -> str:
     return "none" if isinstance(module, str) else str(module.cpu_capability())
 
 
-class _Native:
-    """A function of fastdiff._C; `limits` gives what it cannot take, beyond device and dtype."""
+class _Native(KernelBackend):
+    """A function of fastdiff._C."""
 
     name = "native"
-
-    def __init__(
-        self,
-        operator: str,
-        tensors: int,
-        limits: Callable[..., str | None] | None = None,
-    ) -> None:
-        self.operator, self.tensors, self.limits = operator, tensors, limits
-        self._run: Callable[..., Any] | None = None
+    _run: Callable[..., Any] | None = None
 
     def unavailable(self) -> str | None:
         module = extension()
         return module if isinstance(module, str) else None
 
-    def supports(self, *args: Any) -> str | None:
+    def _absent(self, first: Tensor) -> str | None:
         if self._run is None:
             module = extension()
             if isinstance(module, str):
                 return module
             self._run = getattr(module, self.operator)
-        first = args[0]
-        if not first.is_cpu:
-            if not first.is_cuda:
-                return f"it runs on cpu and cuda, not on {first.device.type}"
-            if self.operator not in ON_CUDA:
-                return "no CUDA C++ kernel is written for it; Triton runs it"
-            if not cuda_built():
-                return "the extension was built without CUDA; set FASTDIFF_CUDA=1 and reinstall"
-        for value in args[: self.tensors]:
-            if value.dtype not in DTYPES:
-                return f"it takes float32, float16 and bfloat16, not {str(value.dtype).removeprefix('torch.')}"
-        return None if self.limits is None else self.limits(*args)
-
-    def cedes(self, *args: Any) -> bool:
-        return False
+        if first.is_cpu:
+            return None
+        if not first.is_cuda:
+            return f"it runs on cpu and cuda, not on {first.device.type}"
+        if self.operator not in ON_CUDA:
+            return "no CUDA C++ kernel is written for it; Triton runs it"
+        if not cuda_built():
+            return "the extension was built without CUDA; set FASTDIFF_CUDA=1 and reinstall"
+        return None
 
     def run(self, *args: Any) -> Any:
         assert self._run is not None  # `supports` came first
         return self._run(*args)
-
-
-def _philox_normal_limits(seeds: Tensor, shape: list[int], step: int, stream: int, dtype: torch.dtype) -> str | None:
-    if dtype not in DTYPES:
-        return f"it draws float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return None
-
-
-def _sampler_step_limits(*args: Any) -> str | None:
-    model_input = args[-1]
-    if model_input is not None and model_input not in DTYPES:
-        return f"it writes a model input of float32, float16 or bfloat16, not {model_input!s}"
-    return None
 
 
 def _group_norm_silu_limits(x: Tensor, groups: int, *_: Any) -> str | None:
@@ -113,9 +85,9 @@ def _group_norm_silu_limits(x: Tensor, groups: int, *_: Any) -> str | None:
 
 
 BACKENDS: dict[str, Backend] = {
-    "sampler_step": _Native("sampler_step", 2, _sampler_step_limits),
+    "sampler_step": _Native("sampler_step", 2),
     "add_noise": _Native("add_noise", 1),
-    "philox_normal": _Native("philox_normal", 0, _philox_normal_limits),
+    "philox_normal": _Native("philox_normal", 0),
     "group_norm_silu": _Native("group_norm_silu", 1, _group_norm_silu_limits),
     "attention": _Native("attention", 3),
 }

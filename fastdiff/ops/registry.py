@@ -31,6 +31,51 @@ class Backend(Protocol):
         """The operator; called only where `supports` gave None."""
 
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class KernelBackend:
+    """What the backends with kernels of our own share: KERNEL_DTYPES is what they read, and write where the last
+    argument is a dtype.
+
+    tensors  how many of the first arguments are tensors whose dtype matters
+    limits   as `supports`, for what the operator's kernel cannot take besides
+    cedes    as in `Backend`; without it the backend cedes nothing
+    """
+
+    def __init__(
+        self,
+        operator: str,
+        tensors: int,
+        limits: Callable[..., str | None] | None = None,
+        cedes: Callable[..., bool] | None = None,
+    ) -> None:
+        self.operator, self.tensors, self.limits, self._cedes = operator, tensors, limits, cedes
+
+    def _absent(self, first: Tensor) -> str | None:
+        """Why there is no kernel where the first tensor lies, or None."""
+        raise NotImplementedError
+
+    def supports(self, *args: Any) -> str | None:
+        reason = self._absent(args[0])
+        if reason is not None:
+            return reason
+        for value in args[: self.tensors]:
+            if value.dtype not in KERNEL_DTYPES:
+                return _other_dtypes("takes", value.dtype)
+        written = args[-1]
+        if isinstance(written, torch.dtype) and written not in KERNEL_DTYPES:
+            return _other_dtypes("writes", written)
+        return None if self.limits is None else self.limits(*args)
+
+    def cedes(self, *args: Any) -> bool:
+        return self._cedes is not None and self._cedes(*args)
+
+
+def _other_dtypes(verb: str, dtype: torch.dtype) -> str:
+    return f"it {verb} float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
 @dataclass(frozen=True)
 class Operator:
     """A registered operator: `fastdiff::name`."""

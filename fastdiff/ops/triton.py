@@ -5,7 +5,6 @@ The only module that imports `fastdiff.kernels`, and only once a kernel is to ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,10 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import config
-from fastdiff.ops.registry import Backend
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
+from fastdiff.ops.checks import MAX_HEAD_DIM
+from fastdiff.ops.registry import Backend, KernelBackend
 
 
 @cache
@@ -28,19 +25,10 @@ def _missing() -> str | None:
     return None
 
 
-class _Triton:
+class _Triton(KernelBackend):
     """`fastdiff.kernels.<operator>.run`, which takes the arguments of the schema."""
 
     name = "triton"
-
-    def __init__(
-        self,
-        operator: str,
-        tensors: int,
-        limits: Callable[..., str | None] | None = None,
-        cedes: Callable[..., bool] | None = None,
-    ) -> None:
-        self.operator, self.tensors, self.limits, self._cedes = operator, tensors, limits, cedes
 
     def unavailable(self) -> str | None:
         if _missing() is not None:
@@ -49,19 +37,13 @@ class _Triton:
             return "there is no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
         return None
 
-    def supports(self, *args: Any) -> str | None:
-        device = args[0].device.type
+    def _absent(self, first: Tensor) -> str | None:
+        device = first.device.type
         if _missing() is not None:
             return _missing()
         if device != "cuda" and not (device == "cpu" and config.triton_interpreted()):
             return f"the tensors are on {device}, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
-        for value in args[: self.tensors]:
-            if value.dtype not in DTYPES:
-                return f"it takes float32, float16 and bfloat16, not {str(value.dtype).removeprefix('torch.')}"
-        return None if self.limits is None else self.limits(*args)
-
-    def cedes(self, *args: Any) -> bool:
-        return self._cedes is not None and self._cedes(*args)
+        return None
 
     def run(self, *args: Any) -> Any:
         return import_module(f"fastdiff.kernels.{self.operator}").run(*args)

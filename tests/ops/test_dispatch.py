@@ -14,6 +14,7 @@ import fastdiff
 from fastdiff import config, ops
 from fastdiff.errors import BackendError, InputError
 from fastdiff.ops import dispatch
+from fastdiff.ops.row import ROW_SIZE
 
 
 class Refusing:
@@ -64,6 +65,19 @@ def test_demanded_backend_never_falls_back(only_reference: None) -> None:
         pytest.raises(BackendError, match="'native' was demanded but cannot run this call: native does not feel"),
     ):
         ops.group_norm_silu(normal(1, 4, 3, 3), 2)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_no_kernel_reads_or_writes_float64(backend: str) -> None:
+    """A kernel's arithmetic is float32: float64 that it wrote would hold no more."""
+    x, table = normal(1, 4), torch.zeros(1, ROW_SIZE)
+    with fastdiff.use_backend(backend):
+        with pytest.raises(BackendError, match="it takes float32, float16 and bfloat16, not float64"):
+            ops.sampler_step(x, x.double(), table, 0)
+        with pytest.raises(BackendError, match="it writes float32, float16 and bfloat16, not float64"):
+            ops.sampler_step(x, x, table, 0, model_input=torch.float64)
+        with pytest.raises(BackendError, match="it writes float32, float16 and bfloat16, not float64"):
+            ops.philox_normal(torch.tensor([1]), (1, 4), dtype=torch.float64)
 
 
 def test_explain_says_why_not_and_runs_nothing() -> None:

@@ -197,7 +197,7 @@ def test_empty() -> None:
 
 def test_float64_runs_on_the_reference() -> None:
     fastdiff.report(reset=True)
-    with pytest.warns(UserWarning, match=r"it draws float32, float16 and bfloat16, not float64"):
+    with pytest.warns(UserWarning, match=r"it writes float32, float16 and bfloat16, not float64"):
         values = ops.philox_normal(SEEDS[:1], (1, 4), dtype=torch.float64)
     assert values.dtype == torch.float64
 
