@@ -3,124 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from backends import NATIVE, TARGETS, Target
-from inputs import DTYPES, LAYOUTS, normal
-from noise_truth import normals_truth
-from tolerance import assert_close_to_truth
+from inputs import DTYPES, LAYOUTS
+from step_rows import ALL, ROW, ROWS, SEEDS, arguments, check, step, table
 from torch import Tensor
 
-import fastdiff
 from fastdiff import ops
 from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_STEP
-from fastdiff.ops.row import CLIP, GUIDANCE, INPUT_SCALE, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION, ROW_SIZE
+from fastdiff.ops.row import INPUTS, PREDICTION
 
-ROW = 3  # of four; the others hold NaN
-SEEDS = torch.tensor([11, -12, 2**50])
 SHAPES = [(1, 1), (2, 3), (3, 5), (1, 1023), (3, 3, 5, 7), (2, 4, 33, 32)]
 STATES = [("float32", "float32"), ("float32", "float16"), ("float32", "bfloat16")]
 STATES += [("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
-
-
-def table(x: dict[str, float], history: dict[str, float] | None = None, anchor: dict[str, float] | None = None, **more):
-    """A table whose row ROW has these coefficients by input name, with every other row poisoned."""
-    rows = torch.full((4, ROW_SIZE), math.nan)
-    row = torch.zeros(ROW_SIZE)
-    row[GUIDANCE], row[CLIP], row[INPUT_SCALE] = 2.5, more.get("clip", math.inf), more.get("scale", 0.7)
-    row[PREDICTION] = torch.tensor(more.get("prediction", (1.3, -0.6)))
-    for block, coefficients in ((NEW_X, x), (NEW_HISTORY, history or {}), (NEW_ANCHOR, anchor or {})):
-        row[block] = torch.tensor([coefficients.get(name, 0.0) for name in INPUTS])
-    rows[ROW] = row
-    return rows
-
-
-ALL = {name: 0.3 + 0.1 * index for index, name in enumerate(INPUTS)}
-ROWS = {
-    "ddim": table({"x": 0.9, "D": 0.2}),
-    "clipped": table({"x": 0.9, "D": 0.2}, {"D": 1.0}, clip=0.5),
-    "dpmpp_2m": table({"x": 0.9, "D": 0.4, "hist1": -0.1}, {"D": 1.0}),
-    "dpmpp_2m_sde": table({"x": 0.9, "D": 0.4, "hist1": -0.1, "noise": 0.3}, {"D": 1.0}),
-    "euler_ancestral": table({"x": 1.0, "m": -0.4, "noise": 0.3}, scale=0.2),
-    "heun_2": table({"m": -0.3, "anchor": 1.0, "hist1": -0.3}),
-    "unipc": table(
-        {name: ALL[name] for name in ("m", "D", "anchor", "hist1", "hist2", "hist3")},
-        {"D": 1.0},
-        {"anchor": 0.5, "m": 1},
-    ),
-    "everything": table(ALL, {n: -c for n, c in ALL.items()}, {n: c * c for n, c in ALL.items()}, clip=1.0),
-    "nothing": table({}),
-    **{f"only_{name}": table({name: 0.8}) for name in INPUTS},
-}
-
-
-def needs(rows: Tensor, name: str) -> bool:
-    column = INPUTS.index(name)
-    return any(rows[ROW, block][column] != 0 for block in (NEW_X, NEW_HISTORY, NEW_ANCHOR))
-
-
-def arguments(
-    rows: Tensor,
-    shape: tuple[int, ...],
-    *,
-    state: str = "float32",
-    model: str = "float32",
-    guided: bool = False,
-    layout: str = "contiguous",
-    drawn: bool = True,
-) -> dict[str, Any]:
-    """What the row needs and nothing else, as the public function takes it."""
-    m = normal(*((1 + guided) * shape[0], *shape[1:]), seed=2, dtype=DTYPES[model])
-    given: dict[str, Any] = {
-        "x": normal(*shape, seed=1, dtype=DTYPES[state]),
-        "model_output": m.contiguous(memory_format=LAYOUTS[layout]),
-        "table": rows,
-        "row": ROW,
-        "history": tuple(
-            normal(*shape, seed=4 + i) for i in range(3) if any(needs(rows, f"hist{j}") for j in range(i + 1, 4))
-        ),
-        "new_history": bool((rows[ROW, NEW_HISTORY] != 0).any()),
-        "new_anchor": bool((rows[ROW, NEW_ANCHOR] != 0).any()),
-        "model_input": DTYPES[model],
-    }
-    if needs(rows, "anchor"):
-        given["anchor"] = normal(*shape, seed=3)
-    if needs(rows, "noise"):
-        given |= {"seeds": SEEDS[: shape[0]]} if drawn else {"noise": normal(*shape, seed=8, dtype=DTYPES[model])}
-    return given
-
-
-def step(target: Target, given: dict[str, Any]) -> ops.StepOutput:
-    with target.forced():
-        out = ops.sampler_step(**target.move(given))
-    return ops.StepOutput(*(None if value is None else value.cpu() for value in out))
-
-
-def truth(given: dict[str, Any]) -> ops.StepOutput:
-    wide = {
-        name: value.double() if name != "seeds" and isinstance(value, Tensor) else value
-        for name, value in given.items()
-    }
-    wide |= {"table": given["table"], "history": tuple(h.double() for h in given["history"])}
-    wide["model_input"] = None if given["model_input"] is None else torch.float64
-    if "seeds" in given:
-        wide["noise"] = normals_truth(wide.pop("seeds"), given["x"].shape, ROW, STREAM_STEP)
-    return step(Target("reference", "cpu"), wide)
-
-
-def check(target: Target, given: dict[str, Any]) -> ops.StepOutput:
-    """Every output against the truth, and what was not asked for absent."""
-    actual, exact, plain = step(target, given), truth(given), step(Target("reference", "cpu"), given)
-    for name, value, right, rough in zip(actual._fields, actual, exact, plain, strict=True):
-        assert (value is None) == (right is None), name
-        if value is not None:
-            assert value.is_contiguous(), name
-            assert value.dtype == rough.dtype, name
-            assert_close_to_truth(value, right, rough)
-    return actual
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
@@ -308,91 +206,3 @@ def test_the_result_shares_no_memory() -> None:
     out = step(NATIVE, given)
     assert torch.equal(out.x, given["x"])
     assert len({out.x.data_ptr(), out.model_input.data_ptr(), given["x"].data_ptr()}) == 3
-
-
-OPTIONAL = ("counter", "anchor", "hist1", "hist2", "hist3", "noise", "seeds")
-
-
-@pytest.mark.parametrize("name", ["ddim", "everything"])
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-def test_opcheck(name: str, guided: bool) -> None:
-    given = arguments(ROWS[name], (2, 3, 4, 5), guided=guided, model="bfloat16", layout="channels_last")
-    given |= {f"hist{i + 1}": h for i, h in enumerate(given["history"])}
-    flat = [given[key] for key in ("x", "model_output", "table", "row")] + [given.get(key) for key in OPTIONAL]
-    flat += [given["new_history"], given["new_anchor"], given["model_input"] if guided else None]
-    torch.library.opcheck(torch.ops.fastdiff.sampler_step.default, tuple(flat))
-
-
-def test_compiles_whole() -> None:
-    given = arguments(ROWS["everything"], (2, 3, 4, 5), guided=True)
-    options = {key: given[key] for key in ("anchor", "history", "seeds", "new_history", "new_anchor", "model_input")}
-
-    def forward(x: Tensor, m: Tensor, rows: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(ops.sampler_step(2 * x, m, rows, ROW, **options))
-
-    operands = (given["x"], given["model_output"], given["table"])
-    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")(*operands)
-    for left, right in zip(compiled, forward(*operands), strict=True):
-        assert torch.equal(left, right)
-
-
-def test_gradients_through_the_reference() -> None:
-    given = arguments(ROWS["ddim"], (2, 3))
-    m = given["model_output"].requires_grad_()
-    with pytest.raises(InputError, match=r"sampler_step: an input requires grad.*use_backend\('reference'\)"):
-        step(NATIVE, given)
-    step(Target("reference", "cpu"), given).x.sum().backward()
-    torch.testing.assert_close(m.grad, torch.full((2, 3), 0.2 * -0.6))
-
-
-def test_calls_are_counted_and_explained() -> None:
-    given = arguments(ROWS["ddim"], (2, 3))
-    fastdiff.report(reset=True)
-    ops.sampler_step(**given)
-    assert fastdiff.report().calls == {("sampler_step", "native"): 1}
-    assert fastdiff.explain("sampler_step", **given).startswith("sampler_step: native")
-    with torch.profiler.profile() as profile:
-        ops.sampler_step(**given)
-    assert "fastdiff::sampler_step" in {event.name for event in profile.events()}
-
-
-def test_fake_tensors_are_not_run() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    given = arguments(ROWS["ddim"], (2, 3), model="bfloat16")
-    with FakeTensorMode() as mode:
-        fakes = {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in given.items()}
-        inside = ops.sampler_step(**fakes)
-    outside = ops.sampler_step(**fakes)
-    for out in (inside, outside):
-        assert (out.x.shape, out.x.dtype, out.model_input.dtype) == ((2, 3), torch.float32, torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(2, 3, dtype=torch.int64)}, r"x is torch.int64; expected float32"),
-        ({"x": torch.tensor(1.0)}, r"x has shape \(\); expected \(N, ...\) with at least one element"),
-        ({"x": torch.zeros(0, 3)}, r"x has shape \(0, 3\); expected \(N, ...\) with at least one element"),
-        ({"model_output": torch.zeros(2, 3, dtype=torch.int32)}, r"model_output is torch.int32; expected float32"),
-        ({"model_output": torch.zeros(3, 3)}, r"model_output has shape \(3, 3\); expected \(2, 3\), or \(4, 3\)"),
-        ({"model_output": torch.zeros(2, 3, device="meta")}, r"model_output is on meta, the first tensor on cpu"),
-        ({"table": torch.zeros(4, 31)}, r"table is torch.float32 of shape \(4, 31\); expected contiguous float32"),
-        ({"table": torch.zeros(4, 32, dtype=torch.float64)}, r"table is torch.float64 of shape \(4, 32\)"),
-        ({"row": 4}, r"row 4 is outside the table's 4 rows"),
-        ({"row": -1}, r"row -1 is outside the table's 4 rows"),
-        ({"counter": torch.tensor([1.0])}, r"counter is torch.float32 of 1 elements; expected int64 \(1,\)"),
-        ({"counter": torch.tensor([1, 2])}, r"counter is torch.int64 of 2 elements; expected int64 \(1,\)"),
-        ({"anchor": torch.zeros(3, 2)}, r"anchor or history has shape \(3, 2\) on cpu; expected contiguous \(2, 3\)"),
-        ({"anchor": torch.zeros(2, 3, dtype=torch.float16)}, r"anchor or history is torch.float16; expected float32"),
-        ({"history": (torch.zeros(3, 2).t(),)}, r"anchor or history has shape \(2, 3\) on cpu; expected contiguous"),
-        ({"history": (torch.zeros(2, 3),) * 4}, r"history has 4 tensors; expected at most 3, newest first"),
-        ({"noise": torch.zeros(2)}, r"noise has shape \(2,\); expected \(2, 3\)"),
-        ({"seeds": torch.tensor([1])}, r"seeds is torch.int64 of shape \(1,\); expected int64 \(2,\), one per sample"),
-    ],
-    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
-)
-def test_errors(change: dict, message: str) -> None:
-    given = arguments(ROWS["ddim"], (2, 3)) | change
-    with pytest.raises(InputError, match="sampler_step: " + message):
-        ops.sampler_step(**given)
