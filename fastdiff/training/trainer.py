@@ -76,35 +76,11 @@ class Trainer:
         self.settings, self.data, self.outputs, self.store = settings, data, Outputs(Path(out)), store
         self.device = torch.device(device)
         self.objective = settings.objective()
-        train, held_out = split_holdout(data, settings.holdout, settings.seed)
-        timesteps = self.objective.schedule.steps
-        self.stream = BatchStream(
-            train,
-            batch=settings.batch,
-            timesteps=timesteps,
-            seed=settings.seed,
-            label_dropout=settings.label_dropout,
-            flip=settings.flip,
-        )
-        with use_backend("reference"):
-            self.validation = (
-                validation_batches(held_out, batch=settings.batch, timesteps=timesteps, seed=settings.seed)
-                if held_out is not None
-                else []
-            )
-        config = settings.network_config(data.sample_shape, data.num_classes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.network = UNet(**config).to(self.device).train()
+        self.stream, self.validation = self._batches()
+        self.network = self._new_network().to(self.device).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.best = copy.deepcopy(self.average)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=settings.lr,
-            betas=(0.9, settings.beta2),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = self._new_optimizer()
         self.progress = Progress()
         self.fingerprint = data.fingerprint()
         self._seconds: dict[int, float] = {}
@@ -114,6 +90,38 @@ class Trainer:
         elif self.outputs.state.exists():
             raise InputError(f"{self.outputs.state}: a run stands there; pass --resume to continue it, or delete it")
         self._check_writable()
+
+    def _batches(self) -> tuple[BatchStream, list[Batch]]:
+        """The batches to train on, and those of the validation: none without held-out images."""
+        settings, timesteps = self.settings, self.objective.schedule.steps
+        train, held_out = split_holdout(self.data, settings.holdout, settings.seed)
+        stream = BatchStream(
+            train,
+            batch=settings.batch,
+            timesteps=timesteps,
+            seed=settings.seed,
+            label_dropout=settings.label_dropout,
+            flip=settings.flip,
+        )
+        if held_out is None:
+            return stream, []
+        with use_backend("reference"):
+            return stream, validation_batches(held_out, batch=settings.batch, timesteps=timesteps, seed=settings.seed)
+
+    def _new_network(self) -> UNet:
+        config = self.settings.network_config(self.data.sample_shape, self.data.num_classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            return UNet(**config)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.network.parameters(),
+            lr=self.settings.lr,
+            betas=(0.9, self.settings.beta2),
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
 
     def run(
         self,
