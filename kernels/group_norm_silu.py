@@ -19,8 +19,7 @@ from fastdiff.kernels.group_norm_plan import plan
 from fastdiff.kernels.group_norm_tile import (
     channel_values,
     group_moments,
-    load_sum,
-    membership,
+    load_tile,
     reference_of,
     slab_channels,
     store_result,
@@ -54,27 +53,20 @@ def moments_kernel(
     chunk = tl.program_id(0) % chunks
     slab = tl.program_id(0) // chunks % slabs
     sample = (tl.program_id(0) // chunks // slabs).to(tl.int64)
-    first, offset, mask, group, size = slab_channels(slab, CHANNELS, SIZE, GROUPS, PIECES)
-    mask &= first + offset < channels
-    member = membership(offset, mask, SIZE, PIECES, KEPT)
-    added = channel_values(addend, sample * channels + first + offset, mask, 0.0)
-    at_channel = (sample * channels * positions + (first + offset).to(tl.int64) * channel_stride)[:, None]
+    channel, mask, member, group, size = slab_channels(slab, channels, CHANNELS, SIZE, GROUPS, KEPT, PIECES)
+    added = channel_values(addend, sample * channels + channel, mask, 0.0)
+    at_channel = sample * channels * positions + channel.to(tl.int64) * channel_stride
 
-    position = chunk * tiles * POSITIONS + tl.arange(0, POSITIONS)
-    inside = mask[:, None] & (position < positions)[None, :]
-    at = at_channel + position.to(tl.int64)[None, :] * position_stride
-    h = load_sum(x, residual, added, at, inside)
-    count = tl.minimum(positions - chunk * tiles * POSITIONS, POSITIONS)
+    begin = chunk * tiles * POSITIONS
+    h, _, inside = load_tile(x, residual, added, at_channel, mask, begin, positions, position_stride, POSITIONS)
+    count = tl.minimum(positions - begin, POSITIONS)
     reference = reference_of(h, inside, member, count, size)
     center = to_channels(reference, member)
     mean, squares = tile_moments(h, inside, center, count.to(tl.float32))
     seen = count.to(tl.float32)
     for tile in range(1, tiles):
         begin = (chunk * tiles + tile) * POSITIONS
-        position = begin + tl.arange(0, POSITIONS)
-        inside = mask[:, None] & (position < positions)[None, :]
-        at = at_channel + position.to(tl.int64)[None, :] * position_stride
-        h = load_sum(x, residual, added, at, inside)
+        h, _, inside = load_tile(x, residual, added, at_channel, mask, begin, positions, position_stride, POSITIONS)
         more = tl.maximum(tl.minimum(positions - begin, POSITIONS), 0).to(tl.float32)
         tile_mean, tile_squares = tile_moments(h, inside, center, tl.maximum(more, 1.0))
         apart = tile_mean - mean
@@ -125,9 +117,7 @@ def apply_kernel(
     chunk = last % chunks
     slab = last // chunks % slabs
     sample = (last // chunks // slabs).to(tl.int64)
-    first, offset, mask, group, _ = slab_channels(slab, CHANNELS, SIZE, GROUPS, PIECES)
-    mask &= first + offset < channels
-    member = membership(offset, mask, SIZE, PIECES, KEPT)
+    channel, mask, member, group, _ = slab_channels(slab, channels, CHANNELS, SIZE, GROUPS, KEPT, PIECES)
 
     kept = tl.arange(0, KEPT)
     exists = (kept < GROUPS) & (group + kept < groups)
@@ -151,15 +141,13 @@ def apply_kernel(
 
     center = to_channels(reference, member)
     mean_of_channel = to_channels(mean, member)
-    scale = to_channels(inverse, member) * channel_values(weight, first + offset, mask, 1.0)
-    shift = channel_values(bias, first + offset, mask, 0.0)
-    added = channel_values(addend, sample * channels + first + offset, mask, 0.0)
-    at_channel = (sample * channels * positions + (first + offset).to(tl.int64) * channel_stride)[:, None]
+    scale = to_channels(inverse, member) * channel_values(weight, channel, mask, 1.0)
+    shift = channel_values(bias, channel, mask, 0.0)
+    added = channel_values(addend, sample * channels + channel, mask, 0.0)
+    at_channel = sample * channels * positions + channel.to(tl.int64) * channel_stride
     for tile in range(0, tiles):
-        position = (chunk * tiles + tiles - 1 - tile) * POSITIONS + tl.arange(0, POSITIONS)
-        inside = mask[:, None] & (position < positions)[None, :]
-        at = at_channel + position.to(tl.int64)[None, :] * position_stride
-        h = load_sum(x, residual, added, at, inside)
+        begin = (chunk * tiles + tiles - 1 - tile) * POSITIONS
+        h, at, inside = load_tile(x, residual, added, at_channel, mask, begin, positions, position_stride, POSITIONS)
         store_result(y, total, h, center, mean_of_channel, scale, shift, at, inside, SILU)
 
 
@@ -187,23 +175,18 @@ def whole_kernel(
 ):
     slab = tl.program_id(0) % slabs
     sample = (tl.program_id(0) // slabs).to(tl.int64)
-    first, offset, mask, _, _ = slab_channels(slab, CHANNELS, SIZE, GROUPS, 1)
-    mask &= first + offset < channels
-    member = membership(offset, mask, SIZE, 1, KEPT)
-    added = channel_values(addend, sample * channels + first + offset, mask, 0.0)
-    at_channel = (sample * channels * positions + (first + offset).to(tl.int64) * channel_stride)[:, None]
-    position = tl.arange(0, POSITIONS)
-    inside = mask[:, None] & (position < positions)[None, :]
-    at = at_channel + position.to(tl.int64)[None, :] * position_stride
-    h = load_sum(x, residual, added, at, inside)
+    channel, mask, member, _, _ = slab_channels(slab, channels, CHANNELS, SIZE, GROUPS, KEPT, 1)
+    added = channel_values(addend, sample * channels + channel, mask, 0.0)
+    at_channel = sample * channels * positions + channel.to(tl.int64) * channel_stride
+    h, at, inside = load_tile(x, residual, added, at_channel, mask, 0, positions, position_stride, POSITIONS)
 
     count = positions.to(tl.float32)
     center = to_channels(reference_of(h, inside, member, positions, SIZE), member)
     mean, squares = tile_moments(h, inside, center, count)
     mean, squares = group_moments(mean, squares, count, SIZE, member)
     inverse = tl.rsqrt(squares / (count * SIZE) + eps)
-    scale = to_channels(inverse, member) * channel_values(weight, first + offset, mask, 1.0)
-    shift = channel_values(bias, first + offset, mask, 0.0)
+    scale = to_channels(inverse, member) * channel_values(weight, channel, mask, 1.0)
+    shift = channel_values(bias, channel, mask, 0.0)
     store_result(y, total, h, center, to_channels(mean, member), scale, shift, at, inside, SILU)
 
 

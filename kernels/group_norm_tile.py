@@ -11,22 +11,28 @@ import triton.language as tl
 
 
 @triton.jit
-def slab_channels(slab, CHANNELS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr):
-    """(first channel, offsets of the tile's channels, which are the slab's, first group, channels of its groups)."""
+def slab_channels(
+    slab,
+    channels,
+    CHANNELS: tl.constexpr,  # of a tile
+    SIZE: tl.constexpr,  # channels of a group
+    GROUPS: tl.constexpr,  # of a slab
+    KEPT: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """(the tile's channels, which exist and are the slab's, [channels, groups]: whether the channel belongs to the
+    group, first group, channels of its groups)."""
     offset = tl.arange(0, CHANNELS)
     if PIECES == 1:
-        return slab * (GROUPS * SIZE), offset, offset < GROUPS * SIZE, slab * GROUPS, SIZE
+        first, first_group, size = slab * (GROUPS * SIZE), slab * GROUPS, SIZE
+        mask, group = offset < GROUPS * SIZE, offset // SIZE
     else:
         begin = slab % PIECES * CHANNELS
-        first = slab // PIECES * SIZE + begin
-        return first, offset, begin + offset < SIZE, slab // PIECES, tl.minimum(SIZE - begin, CHANNELS)
-
-
-@triton.jit
-def membership(offset, mask, SIZE: tl.constexpr, PIECES: tl.constexpr, KEPT: tl.constexpr):
-    """[channels, groups]: whether the channel belongs to the group."""
-    group = offset // SIZE if PIECES == 1 else offset * 0
-    return (group[:, None] == tl.arange(0, KEPT)[None, :]) & mask[:, None]
+        first, first_group, size = slab // PIECES * SIZE + begin, slab // PIECES, tl.minimum(SIZE - begin, CHANNELS)
+        mask, group = begin + offset < SIZE, offset * 0
+    channel = first + offset
+    mask &= channel < channels
+    return channel, mask, (group[:, None] == tl.arange(0, KEPT)[None, :]) & mask[:, None], first_group, size
 
 
 @triton.jit
@@ -51,12 +57,15 @@ def channel_values(pointer, at, mask, MISSING: tl.constexpr):
 
 
 @triton.jit
-def load_sum(x, residual, addend, at, mask):
-    """h = x + addend + residual as float32, [channels, positions]."""
-    h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + addend[:, None]
+def load_tile(x, residual, addend, at_channel, mask, begin, positions, position_stride, POSITIONS: tl.constexpr):
+    """(h, offsets, which exist) of the positions from `begin` on, [channels, positions]; h is float32."""
+    position = begin + tl.arange(0, POSITIONS)
+    inside = mask[:, None] & (position < positions)[None, :]
+    at = at_channel[:, None] + position.to(tl.int64)[None, :] * position_stride
+    h = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + addend[:, None]
     if residual is not None:
-        h += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    return h
+        h += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    return h, at, inside
 
 
 @triton.jit
