@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import INTERPRETED, NATIVE, Target
 from inputs import normal
 
 import fastdiff
@@ -67,17 +68,17 @@ def test_demanded_backend_never_falls_back(only_reference: None) -> None:
         ops.group_norm_silu(normal(1, 4, 3, 3), 2)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_no_kernel_reads_or_writes_float64(backend: str) -> None:
+@pytest.mark.parametrize("target", [NATIVE, INTERPRETED], ids=str)
+def test_no_kernel_reads_or_writes_float64(target: Target) -> None:
     """A kernel's arithmetic is float32: float64 that it wrote would hold no more."""
-    x, table = normal(1, 4), torch.zeros(1, ROW_SIZE)
-    with fastdiff.use_backend(backend):
+    x, table, seeds = target.move((normal(1, 4), torch.zeros(1, ROW_SIZE), torch.tensor([1])))
+    with target.forced():
         with pytest.raises(BackendError, match="it takes float32, float16 and bfloat16, not float64"):
             ops.sampler_step(x, x.double(), table, 0)
         with pytest.raises(BackendError, match="it writes float32, float16 and bfloat16, not float64"):
             ops.sampler_step(x, x, table, 0, model_input=torch.float64)
         with pytest.raises(BackendError, match="it writes float32, float16 and bfloat16, not float64"):
-            ops.philox_normal(torch.tensor([1]), (1, 4), dtype=torch.float64)
+            ops.philox_normal(seeds, (1, 4), dtype=torch.float64)
 
 
 def test_explain_says_why_not_and_runs_nothing() -> None:
