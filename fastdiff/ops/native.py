@@ -12,7 +12,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdiff.ops.registry import Backend, KernelBackend
