@@ -57,23 +57,30 @@ def group_norm_silu(case: Case, device: torch.device) -> Work:
 def attention(case: Case, device: torch.device) -> Work:
     dtype = getattr(torch, case.dtype)
     batch, heads, queries, dim = case.shape
-    keys = queries if case.variant == "self" else CROSS_KEYS
+    keys = CROSS_KEYS if case.variant == "cross77" else queries
     # As networks have them: (B, L, H * D) out of a linear layer, seen as (B, H, L, D); joined again afterwards.
     q, k, v = (
         normal(batch, length, heads, dim, seed=seed, dtype=dtype, device=device).transpose(1, 2)
         for seed, length in enumerate((queries, keys, keys))
     )
+    # Each query's own choice of keys, the same for all heads; about half of them.
+    mask = None
+    if case.variant == "masked":
+        mask = normal(batch, 1, queries, keys, seed=3, dtype=torch.float32, device=device) > 0.0
+
+    def joined(out: Tensor) -> Tensor:
+        return out.transpose(1, 2).reshape(batch, queries, heads * dim)
 
     def pytorch() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, queries, heads * dim)
+        return joined(F.scaled_dot_product_attention(q, k, v, mask))
 
-    truth = reference.attention(q.double(), k.double(), v.double(), None, 1.0 / math.sqrt(dim))
+    truth = reference.attention(q.double(), k.double(), v.double(), mask, 1.0 / math.sqrt(dim))
     return Work(
         peers={"pytorch": pytorch},
-        ours=lambda: ops.attention(q, k, v).transpose(1, 2).reshape(batch, queries, heads * dim),
-        truth=truth.transpose(1, 2).reshape(batch, queries, heads * dim),
+        ours=lambda: joined(ops.attention(q, k, v, mask=mask)),
+        truth=joined(truth),
         plain=pytorch(),
-        traffic=2 * size(q) + size(k, v),
+        traffic=2 * size(q) + size(k, v) + (0 if mask is None else size(mask)),
         flops=4 * batch * heads * queries * keys * dim,
     )
 
