@@ -24,10 +24,11 @@ class _Attention:
         return False
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        if mask is not None and mask.dtype not in (torch.bool, q.dtype):
-            # Without its broadcast dimensions, which the conversion would write out.
+        if mask is not None:
+            # Without its broadcast dimensions, which PyTorch would write out.
             mask = mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride())]
-            mask = mask.to(torch.promote_types(q.dtype, torch.float32))
+            if mask.dtype not in (torch.bool, q.dtype):
+                mask = mask.to(torch.promote_types(q.dtype, torch.float32))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
 
