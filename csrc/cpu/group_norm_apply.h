@@ -81,9 +81,6 @@ struct Tensors {
   // going through memory downwards.
   bool downwards;
 
-  // Elements between a prefetch and its use: the hardware's ends with each page.
-  static constexpr int64_t AHEAD = 2048 / sizeof(T);
-
   explicit Tensors(const GroupNormArgs& args)
       : source{static_cast<const T*>(args.x.data), static_cast<const T*>(args.residual.data)},
         y(static_cast<T*>(args.y.data)),
@@ -97,11 +94,8 @@ struct Tensors {
     const Source<T, PLAIN> from = source;
     T* const to = y + offset;
     T* const total = sum ? sum + offset : nullptr;
-    const int64_t ahead = downwards ? -AHEAD : AHEAD;
     for_blocks(
         count, downwards, [&](int64_t i, auto width) __attribute__((always_inline)) {
-          prefetch<1>(to + i + ahead, BLOCK);
-          prefetch<0>(from.x + offset + i + ahead, BLOCK);
           const Block h = from.at(offset + i, width);
           store({activated<SILU, ROUNDED>(h.first, k, i), activated<SILU, ROUNDED>(h.second, k, i + LANES)}, to + i,
                 width);

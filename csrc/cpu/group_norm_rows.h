@@ -8,7 +8,7 @@
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
 
-constexpr int64_t PART_SIZE = 32768;  // elements of a part of a sample, about
+constexpr int64_t PART_SIZE = 65536;  // elements of a part of a sample, about
 constexpr int64_t MAX_PARTS = 64;     // of a sample
 
 template <class T, bool SILU, bool PLAIN>
@@ -24,18 +24,20 @@ class Rows {
         moments_(args.samples * parts_) {}
 
   // The second pass goes backwards through a thread's parts: the last ones are still in its cache. Slabs of a few
-  // channels, which would stay there whole, were slower: short rows defeat the prefetcher.
+  // channels, which would stay there whole, were slower: their short rows lie on too many pages.
   void run() const {
-    const int64_t threads = args_.threads, all_parts = args_.samples * parts_, vectors = stride_ / LANES;
-    const auto begin_of = [&](int64_t share) { return all_parts * share / threads; };
-    parallel_for(threads, args_.threads, [&](int64_t share) {
-      for (int64_t i = begin_of(share); i < begin_of(share + 1); ++i) take_moments(i);
-    });
-    parallel_for(args_.samples * vectors, args_.threads, [&](int64_t i) { merge_parts(i / vectors, i % vectors); });
-    parallel_for(args_.samples * args_.groups, args_.threads,
-                 [&](int64_t i) { finish_group(i / args_.groups, i % args_.groups); });
-    parallel_for(threads, args_.threads, [&](int64_t share) {
-      for (int64_t i = begin_of(share + 1) - 1; i >= begin_of(share); --i) apply(i);
+    const int64_t all_parts = args_.samples * parts_, vectors = stride_ / LANES;
+    parallel_stages(args_.threads, [&](int64_t thread, int64_t team, auto wait) {
+      const auto begin = [&](int64_t tasks) { return tasks * thread / team; };
+      const auto end = [&](int64_t tasks) { return tasks * (thread + 1) / team; };
+      for (int64_t i = begin(all_parts); i < end(all_parts); ++i) take_moments(i);
+      wait();
+      const int64_t merges = args_.samples * vectors, groups = args_.samples * args_.groups;
+      for (int64_t i = begin(merges); i < end(merges); ++i) merge_parts(i / vectors, i % vectors);
+      wait();
+      for (int64_t i = begin(groups); i < end(groups); ++i) finish_group(i / args_.groups, i % args_.groups);
+      wait();
+      for (int64_t i = end(all_parts) - 1; i >= begin(all_parts); --i) apply(i);
     });
   }
 
