@@ -87,8 +87,9 @@ struct Tensors {
         sum(static_cast<T*>(args.sum.data)),
         downwards((reinterpret_cast<uintptr_t>(y) - reinterpret_cast<uintptr_t>(args.x.data)) % 4096 - 1 < 2047) {}
 
+  // `ahead` elements further lies what will be read later and is fetched meanwhile.
   template <class Coefficients>
-  inline void apply(int64_t offset, int64_t count, const Coefficients& coefficients) const {
+  inline void apply(int64_t offset, int64_t count, const Coefficients& coefficients, int64_t ahead = 0) const {
     constexpr bool ROUNDED = sizeof(T) == 2;
     const Coefficients k = coefficients;  // copies, since what is stored below could alias the originals
     const Source<T, PLAIN> from = source;
@@ -96,6 +97,7 @@ struct Tensors {
     T* const total = sum ? sum + offset : nullptr;
     for_blocks(
         count, downwards, [&](int64_t i, auto width) __attribute__((always_inline)) {
+          if (ahead) prefetch_later(from.x + offset + i + ahead, BLOCK);
           const Block h = from.at(offset + i, width);
           store({activated<SILU, ROUNDED>(h.first, k, i), activated<SILU, ROUNDED>(h.second, k, i + LANES)}, to + i,
                 width);
