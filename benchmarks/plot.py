@@ -30,7 +30,7 @@ def plot(rows: Sequence[Row], out: Path) -> None:
     )
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
     axes.set_yticks(places, [row["case"] for row in chosen], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(chosen) - 0.4, -0.6)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("times as fast as the baseline (PyTorch, or diffusers for sampler_step); 1 = equal", fontsize=8)
     axes.set_title(caption(rows), fontsize=8)
