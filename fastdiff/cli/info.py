@@ -52,7 +52,8 @@ def collect() -> dict[str, Any]:
         "fastdiff": fastdiff.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in PACKAGES},
+        # PyTorch names its build, as in 2.13.0+cu130, where its package may not.
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
