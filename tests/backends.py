@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
 import fastdiff
 
 CUDA = torch.cuda.is_available()
 
 
+def cuda_missing() -> str | None:
+    """Why setup.py could not build the CUDA kernels here."""
+    with patch("setuptools.setup"):
+        return runpy.run_path(str(Path(__file__).parents[1] / "setup.py"))["cuda_missing"]()
+
+
 def require_cuda_kernels() -> None:
     """Skip where the extension has no CUDA kernels; fail where it could have them."""
     if fastdiff.ops.native.cuda_built():
         return
-    if torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None:
+    missing = cuda_missing() if torch.cuda.is_available() else "no CUDA device"
+    if missing is None:
         pytest.fail("the extension was built without CUDA, though it could have it; set FASTDIFF_CUDA=1 and build")
-    pytest.skip("the extension was built without CUDA, and a GPU or a toolkit to build it with is missing")
+    pytest.skip(f"the extension was built without CUDA: {missing}")
 
 
 @dataclass(frozen=True)

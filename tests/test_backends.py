@@ -5,7 +5,6 @@ from __future__ import annotations
 import backends
 import pytest
 import torch
-from torch.utils import cpp_extension
 
 from fastdiff.ops import native
 
@@ -13,7 +12,7 @@ from fastdiff.ops import native
 def state(monkeypatch: pytest.MonkeyPatch, *, built: bool, gpu: bool, toolkit: bool) -> None:
     monkeypatch.setattr(native, "cuda_built", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda" if toolkit else None)
+    monkeypatch.setattr(backends, "cuda_missing", lambda: None if toolkit else "no toolkit")
 
 
 def outcome(target: backends.Target) -> type[BaseException] | None:
@@ -41,3 +40,8 @@ def test_a_wrong_build_fails(
     state(monkeypatch, built=built, gpu=gpu, toolkit=toolkit)
     assert outcome(backends.Target("native", "cuda")) is expected
     assert outcome(backends.NATIVE) is None
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch could have CUDA kernels")
+def test_set_up_says_what_is_missing() -> None:
+    assert backends.cuda_missing() == "PyTorch is built without CUDA"

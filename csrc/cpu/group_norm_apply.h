@@ -97,7 +97,7 @@ struct Tensors {
     T* const total = sum ? sum + offset : nullptr;
     for_blocks(
         count, downwards, [&](int64_t i, auto width) __attribute__((always_inline)) {
-          if (ahead) prefetch_later(from.x + offset + i + ahead, BLOCK);
+          if (ahead) prefetch<2>(from.x + offset + i + ahead, BLOCK);
           const Block h = from.at(offset + i, width);
           store({activated<SILU, ROUNDED>(h.first, k, i), activated<SILU, ROUNDED>(h.second, k, i + LANES)}, to + i,
                 width);

@@ -36,7 +36,8 @@ class Contiguous {
     parallel_for(groups_, args_.threads, [&](int64_t group) {
       Moments moments;
       for (int64_t part = 0; part < parts_; ++part) moments.merge(part_moments(group, part));
-      for (int64_t c = in_group_ - 1; c >= 0; --c) apply(group, moments, c, 0, args_.spatial, in_group_ * args_.spatial);
+      const int64_t next = in_group_ * args_.spatial;
+      for (int64_t c = in_group_ - 1; c >= 0; --c) apply(group, moments, c, 0, args_.spatial, next);
     });
   }
 
@@ -64,7 +65,8 @@ class Contiguous {
     return moments;
   }
 
-  void apply(int64_t group, const Moments& moments, int64_t channel, int64_t begin, int64_t count, int64_t ahead = 0) const {
+  void apply(int64_t group, const Moments& moments, int64_t channel, int64_t begin, int64_t count,
+             int64_t ahead = 0) const {
     const int64_t run = group * in_group_ + channel;
     const double inverse = inverse_deviation(args_, moments);
     const Affine a = affine(args_, moments.mean, inverse, run / args_.channels, run % args_.channels);

@@ -93,7 +93,7 @@ static inline void strip_moments(const Source<T, PLAIN>& source, int64_t offset,
     const int64_t at = offset + row * channels + first;
     // The hardware follows no rows as short as a strip. Past the last row lies the next strip.
     const int64_t ahead = row + AHEAD < into.rows ? AHEAD * channels : (AHEAD - into.rows) * channels + BLOCKS * BLOCK;
-    prefetch(source.x + at + ahead, BLOCKS * BLOCK);
+    prefetch<3>(source.x + at + ahead, BLOCKS * BLOCK);
     for (int b = 0; b < BLOCKS; ++b) {
       const Block h = source.at(at + b * BLOCK, width);
       const Block d = {h.first - near[b].first, h.second - near[b].second};

@@ -50,18 +50,11 @@ inline int64_t slot<Brain>(int64_t i) {
   return i / BLOCK * BLOCK + i % 2 * LANES + i % BLOCK / 2;
 }
 
-// Asks for `count` elements, which need not exist.
-template <class T>
+// Asks for `count` elements, which need not exist; LOCALITY 3: into every cache, 2: from the second level on.
+template <int LOCALITY, class T>
 static inline __attribute__((always_inline)) void prefetch(const T* at, int64_t count) {
   constexpr int64_t LINE = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(at + i);
-}
-
-// The same into the second-level cache.
-template <class T>
-static inline __attribute__((always_inline)) void prefetch_later(const T* at, int64_t count) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(at + i, 0, 2);
+  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(at + i, 0, LOCALITY);
 }
 
 // How much of a block: all of it, or its first `count` elements.

@@ -127,8 +127,6 @@ def test_many_blocks(backend: str, dtype: torch.dtype, shape: Shape) -> None:
 def test_masks(backend: str, dtype: torch.dtype, shape: Shape, mask: str) -> None:
     if backend == "torch" and CUDA:
         pytest.skip("takes no mask on a GPU")
-    if backend == "triton" and shape != MASKED[0]:
-        pytest.skip("its kernel has one path")
     value = masks(shape, dtype)[mask]
     out = check(backend, *inputs(shape, dtype), mask=value)
     if mask in ("rows", "rows_inf"):
