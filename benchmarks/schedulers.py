@@ -20,9 +20,8 @@ from benchmarks.cases import Case
 from benchmarks.work import Work
 from fastdiff import ops, samplers, schedules
 from fastdiff.ops import reference
-from fastdiff.ops.row import INPUTS, NEW_X, PREDICTION
+from fastdiff.ops.row import CLIP, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION, ROW_SIZE
 from fastdiff.parameterization import Linear
-from fastdiff.samplers.table import make_row
 
 STEPS, INDEX = 20, 10
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -143,7 +142,7 @@ def _unipc() -> tuple[Array, Step | None]:
     if scheduler is None:
         # Its shape is what counts: the same inputs and outputs, with numbers of the usual size.
         used = {"D": 0.4, "anchor": 0.7, "hist1": -0.2, "hist2": 0.1}
-        return make_row(Linear(1.1, -0.5), used, history={"D": 1.0}, anchor=used), None
+        return _row(Linear(1.1, -0.5), used, used), None
     times = scheduler.timesteps
 
     def step(state: State) -> Tensor:
@@ -170,7 +169,15 @@ def _probed_row(scheduler: Any, step: Step) -> Array:
     responses["D"] = (responses["D"][0] / data.m, responses["D"][1] / data.m)
     new_x = {name: value for name, (value, _) in responses.items()}
     corrected = {name: value for name, (_, value) in responses.items()}
-    return make_row(data, new_x, history={"D": 1.0}, anchor=corrected)
+    return _row(data, new_x, corrected)
+
+
+def _row(data: Linear, new_x: dict[str, float], anchor: dict[str, float]) -> Array:
+    row = np.zeros(ROW_SIZE)
+    row[PREDICTION], row[CLIP] = (data.x, data.m), np.inf
+    for block, coefficients in ((NEW_X, new_x), (NEW_HISTORY, {"D": 1.0}), (NEW_ANCHOR, anchor)):
+        row[block] = [coefficients.get(name, 0.0) for name in INPUTS]
+    return row
 
 
 _CASES: dict[str, Callable[[], tuple[Array, Step | None]]] = {"ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "unipc": _unipc}

@@ -13,6 +13,8 @@ constexpr int NEW_X = 4;
 constexpr int NEW_HISTORY = 12;
 constexpr int NEW_ANCHOR = 20;
 constexpr int INPUT_SCALE = 28;
+constexpr int KNOWN = 29;  // two: of the image and of the noise
+constexpr int VARIANCE = 31;
 
 constexpr int STREAM_STEP = 1;
 

@@ -36,7 +36,12 @@ def check(prediction: str, schedule: Schedule) -> None:
         )
 
 
-def target(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+def input_scale(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5) -> float:
+    """What x is multiplied by before the network sees it."""
+    return 1.0
+
+
+def target(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5) -> tuple[float, float]:
     """(c0, c1) of what the network is trained to give, m = c0 x_0 + c1 epsilon.
 
     epsilon (0, 1); sample (1, 0); v (-sigma, alpha), Salimans and Ho 2022; flow (-1, 1) = dx/dt of x = (1-t) x_0 + t
@@ -48,26 +53,26 @@ def target(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
     return coefficients[prediction]
 
 
-def data(prediction: str, alpha: float, sigma: float, *, state_scale: float = 1.0) -> Linear:
+def data(prediction: str, alpha: float, sigma: float, *, state_scale: float = 1.0, sigma_data: float = 0.5) -> Linear:
     """x_0 = (c1 x - sigma m) / (alpha c1 - sigma c0), for a state y with x = state_scale * y.
 
     state_scale = alpha is the space of Karras et al. 2022, in which y = x_0 + (sigma / alpha) epsilon.
     Errors: InputError where m says nothing about x_0 (epsilon at alpha = 0).
     """
-    c1 = target(prediction, alpha, sigma)[1]
-    determinant = _determinant(prediction, alpha, sigma)
+    c1 = target(prediction, alpha, sigma, sigma_data)[1]
+    determinant = _determinant(prediction, alpha, sigma, sigma_data)
     return Linear(state_scale * c1 / determinant, -sigma / determinant)
 
 
-def noise(prediction: str, alpha: float, sigma: float, *, state_scale: float = 1.0) -> Linear:
+def noise(prediction: str, alpha: float, sigma: float, *, state_scale: float = 1.0, sigma_data: float = 0.5) -> Linear:
     """epsilon = (alpha m - c0 x) / (alpha c1 - sigma c0), for a state y with x = state_scale * y."""
-    c0 = target(prediction, alpha, sigma)[0]
-    determinant = _determinant(prediction, alpha, sigma)
+    c0 = target(prediction, alpha, sigma, sigma_data)[0]
+    determinant = _determinant(prediction, alpha, sigma, sigma_data)
     return Linear(-state_scale * c0 / determinant, alpha / determinant)
 
 
-def _determinant(prediction: str, alpha: float, sigma: float) -> float:
-    c0, c1 = target(prediction, alpha, sigma)
+def _determinant(prediction: str, alpha: float, sigma: float, sigma_data: float) -> float:
+    c0, c1 = target(prediction, alpha, sigma, sigma_data)
     determinant = alpha * c1 - sigma * c0
     if determinant == 0.0:
         raise InputError(

@@ -33,6 +33,21 @@ class Schedule:
     timesteps: Array
     config: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        return f"<{self.kind} schedule {self.name!r} of {self.steps} timesteps>"
+
+    @property
+    def sigma_data(self) -> float:
+        return 0.5
+
+    def from_ratio(self, ratio: npt.ArrayLike) -> tuple[Array, Array]:
+        """(alpha, sigma) where sigma / alpha is `ratio`."""
+        if self.kind == "flow":
+            with np.errstate(divide="ignore"):
+                sigma = 1.0 / (1.0 + 1.0 / np.asarray(ratio, dtype=np.float64))
+            return 1.0 - sigma, sigma
+        return vp_from_ratio(ratio)
+
     @property
     def name(self) -> str:
         return str(self.config["name"])

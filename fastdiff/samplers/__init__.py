@@ -1,6 +1,7 @@
 """Samplers as tables: `build` computes every coefficient of a method once, in float64; `fastdiff.run` applies them."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -9,10 +10,11 @@ from fastdiff import parameterization
 from fastdiff.errors import InputError
 from fastdiff.samplers import ddim, ddpm, dpmpp, euler, flow, grid, heun
 from fastdiff.samplers.grid import GRID_OPTIONS, Grid
-from fastdiff.samplers.table import MethodInfo, Problem, StepTable
+from fastdiff.samplers.problem import Problem, Threshold
+from fastdiff.samplers.table import MethodInfo, StepTable
 from fastdiff.schedules import Schedule
 
-__all__ = ["GRID_OPTIONS", "Grid", "MethodInfo", "StepTable", "build", "find", "methods"]
+__all__ = ["GRID_OPTIONS", "Grid", "MethodInfo", "StepTable", "Threshold", "build", "find", "methods"]
 
 _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
     {
@@ -49,18 +51,25 @@ def build(
     method: str,
     *,
     schedule: Schedule,
-    steps: int,
+    steps: int | None = None,
     prediction: str = "epsilon",
     clip: float | None = None,
+    dynamic_threshold: float | None = None,
+    dynamic_maximum: float = math.inf,
     **options: Any,
 ) -> StepTable:
     """The StepTable of a method: one row of coefficients per model evaluation.
 
-    schedule    the one the network was trained on (`fastdiff.schedules`)
-    steps       1 to schedule.steps
-    prediction  what the network gives: "epsilon", "v" or "sample" on a VP schedule, "flow" or "sample" on a flow one
-    clip        bound of the data prediction's absolute value, or None
-    options     the method's own (`methods()[name].options`) and the grid's (`fastdiff.samplers.grid.GridOptions`)
+    schedule            the one the network was trained on (`fastdiff.schedules`)
+    steps               1 to schedule.steps
+    prediction          what the network gives: `fastdiff.parameterization.SCHEDULE_KINDS` says on which schedules
+    clip                bound of the data prediction's absolute value, or None
+    dynamic_threshold   bounds the data prediction D of each sample by s, the quantile of |D| at this fraction (0.995),
+                        where that is more than the clip (1 if clip is None), and scales D by clip / s. Saharia et al.
+                        2022, section 2.3
+    dynamic_maximum     the largest s
+    options             the method's own (`methods()[name].options`) and the grid's
+                        (`fastdiff.samplers.grid.GridOptions`)
 
     Errors: InputError for an unknown method or option, steps out of range, a prediction or method that does not fit
     the schedule.
@@ -70,16 +79,39 @@ def build(
         raise InputError(
             f"schedule: expected a Schedule, got {schedule!r}; use fastdiff.schedules.cosine(1000) or another"
         )
+    _check_kind(info, schedule)
     parameterization.check(prediction, schedule)
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
         raise InputError(f"clip: expected a positive number or None, got {clip!r}")
+    threshold = _threshold(dynamic_threshold, dynamic_maximum, clip)
+    if threshold is not None and clip is None:
+        clip = 1.0
     for name in options:
         if name not in info.options and name not in GRID_OPTIONS:
             raise _unknown_option(info, name)
     if options.get("spacing") is None:
         options = {**info.grid, **{name: value for name, value in options.items() if name != "spacing"}}
     points = grid.build(schedule, steps, grid.options_from(options))
-    return info.rows(Problem(schedule, points, prediction, clip), **options)
+    return info.rows(Problem(schedule, points, prediction, clip, threshold), **options)
+
+
+def _check_kind(info: MethodInfo, schedule: Schedule) -> None:
+    if info.kinds and schedule.kind not in info.kinds:
+        others = [name for name, other in _METHODS.items() if other.kinds and schedule.kind in other.kinds]
+        use = f"; use {others[0]} or a method for every schedule" if others else "; use a method for every schedule"
+        raise InputError(
+            f"{info.name}: needs a {' or '.join(info.kinds)} schedule, got {schedule.name!r} ({schedule.kind}){use}"
+        )
+
+
+def _threshold(percentile: float | None, maximum: float, clip: float | None) -> Threshold | None:
+    if percentile is None:
+        return None
+    if isinstance(percentile, bool) or not isinstance(percentile, int | float) or not 0.0 < percentile <= 1.0:
+        raise InputError(f"dynamic_threshold: expected a fraction above 0 and up to 1, got {percentile!r}")
+    if isinstance(maximum, bool) or not isinstance(maximum, int | float) or not maximum >= (clip or 1.0):
+        raise InputError(f"dynamic_maximum: expected a number of at least the clip, {clip or 1.0:g}, got {maximum!r}")
+    return Threshold(float(percentile), float(maximum))
 
 
 def _unknown_option(info: MethodInfo, name: str) -> InputError:

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
-from fastdiff import parameterization
-from fastdiff.samplers.table import MethodInfo, Problem, StepTable, choice, fraction, make_row, make_table
-from fastdiff.schedules import Array
+from fastdiff.samplers.problem import Point, Problem
+from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
 
 PREVIOUS = ("grid", "stride")
 
@@ -26,31 +26,24 @@ def ddim(
     return make_table("ddim", problem, _rows(problem, eta, clipped_epsilon, previous_timestep == "stride"))
 
 
-def _rows(problem: Problem, eta: float, clipped_epsilon: bool, stride: bool) -> Iterator[Array]:
-    grid = problem.grid
-    for i in range(grid.steps):
-        alpha, sigma = grid.alphas[i], grid.sigmas[i]
-        alpha1, sigma1 = _stride_end(problem, i) if stride else (grid.alphas[i + 1], grid.sigmas[i + 1])
-        forward = max(sigma**2 - (alpha / alpha1 * sigma1) ** 2, 0.0)
-        std = eta * sigma1 / sigma * math.sqrt(forward)
-        direction = math.sqrt(max(sigma1**2 - std**2, 0.0))
-        if problem.clip is not None and clipped_epsilon:
-            new_x = {"x": direction / sigma, "D": alpha1 - direction * alpha / sigma}
+def _rows(problem: Problem, eta: float, clipped_epsilon: bool, stride: bool) -> Iterator[Row]:
+    points = problem.points()
+    for start, following in pairwise(points):
+        end = _stride_end(problem, start, points[-1]) if stride else following
+        alpha, sigma = start.alpha, start.sigma
+        forward = max(sigma**2 - (alpha / end.alpha * end.sigma) ** 2, 0.0)
+        std = eta * end.sigma / sigma * math.sqrt(forward)
+        direction = math.sqrt(max(end.sigma**2 - std**2, 0.0))
+        if problem.bounded and clipped_epsilon:
+            new_x = {"x": direction / sigma, "D": end.alpha - direction * alpha / sigma}
         else:
-            epsilon = parameterization.noise(problem.prediction, alpha, sigma)
-            new_x = {"x": direction * epsilon.x, "m": direction * epsilon.m, "D": alpha1}
-        yield make_row(
-            parameterization.data(problem.prediction, alpha, sigma), {**new_x, "noise": std}, clip=problem.clip
-        )
+            new_x = {"x": direction * start.noise.x, "m": direction * start.noise.m, "D": end.alpha}
+        yield make_row(problem, start, {**new_x, "noise": std}, to=end)
 
 
-def _stride_end(problem: Problem, i: int) -> tuple[float, float]:
-    schedule, grid = problem.schedule, problem.grid
-    t = grid.timesteps[i] - schedule.steps // grid.steps
-    if t < 0:
-        return grid.alphas[-1], grid.sigmas[-1]
-    alpha, sigma = schedule.at(t)
-    return float(alpha), float(sigma)
+def _stride_end(problem: Problem, start: Point, last: Point) -> Point:
+    t = start.timestep - problem.schedule.steps // problem.grid.steps
+    return last if t < 0 else problem.at_timestep(t)
 
 
 INFO = MethodInfo(

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
-from fastdiff import parameterization
-from fastdiff.samplers.table import MethodInfo, Problem, StepTable, choice, make_row, make_table
-from fastdiff.schedules import Array
+from fastdiff.samplers.problem import Problem
+from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, make_row, make_table
 
 VARIANCES = ("fixed_small", "fixed_large")
 
@@ -21,18 +21,13 @@ def ddpm(problem: Problem, *, variance: str = "fixed_small") -> StepTable:
     return make_table("ddpm", problem, _rows(problem, variance))
 
 
-def _rows(problem: Problem, variance: str) -> Iterator[Array]:
-    grid = problem.grid
-    for i in range(grid.steps):
-        alpha, sigma, alpha1, sigma1 = grid.alphas[i], grid.sigmas[i], grid.alphas[i + 1], grid.sigmas[i + 1]
-        a, v, v1 = alpha / alpha1, sigma**2, sigma1**2
+def _rows(problem: Problem, variance: str) -> Iterator[Row]:
+    for start, end in pairwise(problem.points()):
+        a, v, v1 = start.alpha / end.alpha, start.sigma**2, end.sigma**2
         f = max(v - a * a * v1, 0.0)
         std = math.sqrt(f * v1 / v) if variance == "fixed_small" or v1 == 0.0 else math.sqrt(f)
-        yield make_row(
-            parameterization.data(problem.prediction, alpha, sigma),
-            {"x": a * v1 / v, "D": alpha1 * f / v, "noise": std},
-            clip=problem.clip,
-        )
+        new_x = {"x": a * v1 / v, "D": end.alpha * f / v, "noise": std}
+        yield make_row(problem, start, new_x, to=end)
 
 
 INFO = MethodInfo(

@@ -6,10 +6,10 @@ Crowson).
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
-from fastdiff import parameterization
-from fastdiff.samplers.table import MethodInfo, Problem, StepTable, choice, fraction, make_row, make_table
-from fastdiff.schedules import Array
+from fastdiff.samplers.problem import Problem
+from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
 
 SOLVERS = ("midpoint", "heun")
 
@@ -45,32 +45,30 @@ def dpmpp_2m_sde(
 
 def _rows(
     method: str, problem: Problem, eta: float, s_noise: float, solver: str, lower_order_final: bool | None
-) -> Iterator[Array]:
+) -> Iterator[Row]:
     choice(method, "solver", solver, SOLVERS)
-    grid = problem.grid
-    lower_last = grid.steps < 15 if lower_order_final is None else lower_order_final
+    points, steps = problem.points(), problem.grid.steps
+    lower_last = steps < 15 if lower_order_final is None else lower_order_final
     # e^-h of every step, and h itself: infinite where a step starts without signal or ends at the data.
-    decays = [float(b / a) for a, b in zip(grid.noise_ratios[:-1], grid.noise_ratios[1:], strict=True)]
+    decays = [end.ratio / start.ratio for start, end in pairwise(points)]
     lengths = [math.inf if decay == 0.0 else -math.log(decay) for decay in decays]
-    second = [i > 0 and decays[i] > 0.0 and not (lower_last and i == grid.steps - 1) for i in range(grid.steps)]
-    for i in range(grid.steps):
-        alpha, sigma, alpha1, sigma1 = grid.alphas[i], grid.sigmas[i], grid.alphas[i + 1], grid.sigmas[i + 1]
+    second = [i > 0 and decays[i] > 0.0 and not (lower_last and i == steps - 1) for i in range(steps)]
+    for i, (start, end) in enumerate(pairwise(points)):
         noise_kept = decays[i] ** eta
         total = 1.0 - decays[i] ** (1.0 + eta)
         new_x = {
-            "x": sigma1 / sigma * noise_kept,
-            "D": alpha1 * total,
-            "noise": sigma1 * math.sqrt(max(1.0 - noise_kept**2, 0.0)) * s_noise,
+            "x": end.sigma / start.sigma * noise_kept,
+            "D": end.alpha * total,
+            "noise": end.sigma * math.sqrt(max(1.0 - noise_kept**2, 0.0)) * s_noise,
         }
         if second[i]:
             k = (1.0 + eta) * lengths[i]
             c = 0.5 * total if solver == "midpoint" or k == 0.0 else 1.0 - total / k
-            extrapolation = alpha1 * c * lengths[i] / lengths[i - 1]
+            extrapolation = end.alpha * c * lengths[i] / lengths[i - 1]
             new_x["D"] += extrapolation
             new_x["hist1"] = -extrapolation
-        keep = {"D": 1.0} if i + 1 < grid.steps and second[i + 1] else None
-        data = parameterization.data(problem.prediction, alpha, sigma)
-        yield make_row(data, new_x, clip=problem.clip, history=keep)
+        keep = {"D": 1.0} if i + 1 < steps and second[i + 1] else None
+        yield make_row(problem, start, new_x, to=end, history=keep)
 
 
 DIFFUSERS = {"spacing": "linspace", "endpoint": False}

@@ -5,13 +5,11 @@ ancestral step is that of k-diffusion (Katherine Crowson).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
-from fastdiff import parameterization
-from fastdiff.errors import InputError
-from fastdiff.parameterization import Linear
-from fastdiff.samplers.table import MethodInfo, Problem, StepTable, choice, fraction, make_row, make_table
-from fastdiff.schedules import Array
+from fastdiff.samplers.problem import Problem
+from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
 
 INITIAL_STATES = ("unit", "sigma")
 
@@ -26,7 +24,7 @@ def euler(problem: Problem, *, initial: str = "unit") -> StepTable:
 
 
 def euler_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1.0, initial: str = "unit") -> StepTable:
-    """y' = (d/r) y + (1 - d/r) D + u s_noise z, u = min(r', eta r' sqrt(1 - r'^2/r^2)), d = sqrt(r'^2 - u^2).
+    """y' = (d/r) y + (1 - d/r) D + u s_noise z, (d, u) = `ancestral_step`(r, r', eta).
 
     initial is that of `euler`.
     """
@@ -35,36 +33,24 @@ def euler_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1.0,
     return scaled_table("euler_ancestral", problem, _ancestral_rows(problem, eta, s_noise), initial=initial)
 
 
-def _ancestral_rows(problem: Problem, eta: float, s_noise: float) -> Iterator[Array]:
-    ratios = problem.grid.noise_ratios
-    for i in range(problem.grid.steps):
-        r, r1 = ratios[i], ratios[i + 1]
-        up = min(r1, eta * r1 * math.sqrt(max(1.0 - (r1 / r) ** 2, 0.0)))
-        shrink = math.sqrt(max(r1**2 - up**2, 0.0)) / r
-        yield make_row(
-            scaled_data(problem, i),
-            {"x": shrink, "D": 1.0 - shrink, "noise": up * s_noise},
-            clip=problem.clip,
-            input_scale=problem.grid.alphas[i + 1],
-        )
+def _ancestral_rows(problem: Problem, eta: float, s_noise: float) -> Iterator[Row]:
+    for start, end in pairwise(problem.points(scaled=True)):
+        down, up = ancestral_step(start.ratio, end.ratio, eta)
+        shrink = down / start.ratio
+        yield make_row(problem, start, {"x": shrink, "D": 1.0 - shrink, "noise": up * s_noise}, to=end)
 
 
-def scaled_data(problem: Problem, i: int) -> Linear:
-    """D at point i from the state y = x / alpha."""
-    alpha, sigma = problem.grid.alphas[i], problem.grid.sigmas[i]
-    return parameterization.data(problem.prediction, alpha, sigma, state_scale=alpha)
+def ancestral_step(r: float, r1: float, eta: float) -> tuple[float, float]:
+    """(d, u): r'^2 = d^2 + u^2, u = min(r', eta r' sqrt(1 - r'^2/r^2)): go down to d without noise, then add u z."""
+    up = min(r1, eta * r1 * math.sqrt(max(1.0 - (r1 / r) ** 2, 0.0)))
+    return math.sqrt(max(r1**2 - up**2, 0.0)), up
 
 
-def scaled_table(
-    method: str, problem: Problem, rows: Iterator[Array], *, initial: str, timesteps: Array | None = None
-) -> StepTable:
+def scaled_table(method: str, problem: Problem, rows: Iterable[Row], *, initial: str = "unit") -> StepTable:
     """The table of a method whose state is y = x / alpha."""
     choice(method, "initial", initial, INITIAL_STATES)
-    if problem.schedule.kind != "vp":
-        raise InputError(f"{method}: needs a VP schedule, got {problem.schedule.name!r}; use flow_euler or dpmpp_2m")
-    alpha = float(problem.grid.alphas[0])
-    scale = 1.0 / alpha if initial == "unit" else float(problem.grid.noise_ratios[0])
-    return make_table(method, problem, rows, timesteps=timesteps, init_scale=scale, first_input_scale=alpha)
+    scale = problem.points(scaled=True)[0].ratio if initial == "sigma" else None
+    return make_table(method, problem, rows, init_scale=scale)
 
 
 DIFFUSERS = {"spacing": "linspace", "integer": False, "interpolation": "linear", "initial": "sigma"}

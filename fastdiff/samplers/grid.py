@@ -72,7 +72,7 @@ class Grid:
             return self.sigmas / self.alphas
 
 
-def build(schedule: Schedule, steps: int, options: GridOptions) -> Grid:
+def build(schedule: Schedule, steps: int | None, options: GridOptions) -> Grid:
     """The grid of `steps` steps; InputError if the options do not fit the schedule or leave a step of no length."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= schedule.steps:
         raise InputError(f"steps: expected a whole number from 1 to {schedule.steps}, got {steps!r}")

@@ -12,9 +12,8 @@ import fastdiff
 from fastdiff import ops, samplers, schedules
 from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL, STREAM_STEP, seed_tensor
-from fastdiff.parameterization import Linear
+from fastdiff.ops.row import INPUT_SCALE, INPUTS, NEW_HISTORY, NEW_X, ROW_SIZE
 from fastdiff.samplers import StepTable
-from fastdiff.samplers.table import make_row
 
 SHAPE = (5, 3, 4, 7)
 SEEDS = [11, 0, 2**63 + 5, -4, 11]
@@ -72,9 +71,12 @@ def test_a_sample_depends_on_its_seed_alone(method, denoiser):
 
 def test_three_slots_of_history_newest_first():
     """No method here reads three yet: rows 0 to 3 remember 1, 2, 3 and 4 times the model's output, row 4 reads all."""
-    rows = [make_row(Linear(0.0, 1.0), {"x": 1.0}, history={"m": float(i + 1)}) for i in range(4)]
-    rows.append(make_row(Linear(0.0, 1.0), {"hist1": 1.0, "hist2": 10.0, "hist3": 100.0}))
-    steps = replace(table("ddim", steps=5), rows=np.stack(rows))
+    rows = np.zeros((5, ROW_SIZE))
+    rows[:4, NEW_X.start + INPUTS.index("x")] = 1.0
+    rows[:4, NEW_HISTORY.start + INPUTS.index("m")] = 1.0, 2.0, 3.0, 4.0
+    rows[4, NEW_X] = [{"hist1": 1.0, "hist2": 10.0, "hist3": 100.0}.get(name, 0.0) for name in INPUTS]
+    rows[:, INPUT_SCALE] = 1.0
+    steps = replace(table("ddim", steps=5), rows=rows)
     found = fastdiff.run(lambda x, t: torch.ones_like(x), steps, shape=SHAPE, seeds=SEEDS)
     assert (found == 4.0 + 30.0 + 200.0).all()
 

@@ -7,7 +7,18 @@ import pytest
 
 from fastdiff import parameterization, samplers, schedules
 from fastdiff.errors import InputError
-from fastdiff.ops.row import CLIP, GUIDANCE, INPUT_SCALE, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
+from fastdiff.ops.row import (
+    CLIP,
+    GUIDANCE,
+    INPUT_SCALE,
+    INPUTS,
+    KNOWN,
+    NEW_ANCHOR,
+    NEW_HISTORY,
+    NEW_X,
+    PREDICTION,
+    VARIANCE,
+)
 
 SCHEDULE = schedules.linear(1000)
 STEPS = 16
@@ -191,7 +202,8 @@ def test_what_every_table_has_in_common(method):
         assert table.rows.dtype == np.float64
         assert (table.rows[:, GUIDANCE] == 1.0).all()
         assert (table.rows[:, CLIP] == 0.9).all()
-        assert (table.rows[:, INPUT_SCALE + 1 :] == 0.0).all()
+        assert (table.rows[:, VARIANCE] == 0.0).all()
+        assert tuple(table.rows[-1, KNOWN]) == (1.0, 0.0)
         uses = table.uses
         assert any(use.noise for use in uses) == (info.stochastic and steps > 1)
         assert max(use.history for use in uses) == (info.history if steps > 2 else 0)
@@ -250,11 +262,22 @@ FLOW = schedules.flow(1000)
         ("ddim", {"prediction": "eps"}, "prediction: expected one of epsilon, v, sample, flow, got 'eps'"),
         ("ddim", {"prediction": "flow"}, "'flow' does not fit the vp schedule 'linear'; expected one of epsilon, v"),
         ("ddim", {"prediction": "v", "schedule": FLOW}, "'v' does not fit the flow schedule"),
-        ("euler", {"prediction": "flow", "schedule": FLOW}, "euler: needs a VP schedule, got 'flow'; use flow_euler"),
-        ("flow_euler", {"prediction": "v"}, "flow_euler: needs a flow schedule"),
+        (
+            "euler",
+            {"prediction": "flow", "schedule": FLOW},
+            "'flow' keeps no signal at its first timestep",
+        ),
+        (
+            "flow_euler",
+            {"prediction": "v"},
+            "flow_euler: needs a flow schedule, got 'linear'",
+        ),
         ("ddim", {"schedule": "cosine"}, "schedule: expected a Schedule, got 'cosine'"),
         ("ddim", {"clip": 0.0}, "clip: expected a positive number or None, got 0.0"),
         ("ddim", {"clip": True}, "clip: expected"),
+        ("ddim", {"dynamic_threshold": 99.5}, "dynamic_threshold: expected a fraction above 0 and up to 1, got 99.5"),
+        ("ddim", {"dynamic_threshold": 0.9, "dynamic_maximum": 0.5}, "dynamic_maximum: expected a number of at least"),
+        ("ddim", {"steps": None}, "steps: expected"),
     ],
     ids=str,
 )
