@@ -56,6 +56,7 @@ gpu:
 
 .venv/developing: .venv/installed
 	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --no-deps k-diffusion==0.1.1.post1  # its samplers, without what it trains with
 	touch $@
 
 clean:

@@ -132,5 +132,5 @@ def test_bad_grids_are_refused(steps, options, message):
 
 
 def test_vp_spacings_do_not_fit_flow_schedules():
-    with pytest.raises(InputError, match="expected one of flow, linspace, karras, exponential for a flow schedule"):
+    with pytest.raises(InputError, match="expected one of flow, linspace, karras, exponential, polyexponential, beta"):
         grid(10, FLOW, spacing="trailing")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fastdiff import parameterization, samplers, schedules
+from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
 from fastdiff.ops.row import (
     CLIP,
@@ -223,24 +223,6 @@ def test_the_float32_tensor_is_the_rounded_table():
     assert (table.tensor()[:, GUIDANCE] == 1.0).all()
 
 
-@pytest.mark.parametrize("prediction", parameterization.PREDICTIONS)
-@pytest.mark.parametrize(("alpha", "sigma"), [(0.8, 0.6), (0.3, 0.7)])
-def test_conversions_recover_data_and_noise(prediction, alpha, sigma):
-    x0, epsilon = 0.37, -1.21
-    x = alpha * x0 + sigma * epsilon
-    m = {"epsilon": epsilon, "sample": x0, "v": alpha * epsilon - sigma * x0, "flow": epsilon - x0}[prediction]
-    data, noise = (f(prediction, alpha, sigma) for f in (parameterization.data, parameterization.noise))
-    assert data.x * x + data.m * m == pytest.approx(x0, rel=1e-12)
-    assert noise.x * x + noise.m * m == pytest.approx(epsilon, rel=1e-12)
-    scaled = parameterization.data(prediction, alpha, sigma, state_scale=alpha)
-    assert scaled.x * (x / alpha) + scaled.m * m == pytest.approx(x0, rel=1e-12)
-
-
-def test_epsilon_without_signal_is_refused():
-    with pytest.raises(InputError, match="does not determine the data"):
-        parameterization.data("epsilon", 0.0, 1.0)
-
-
 FLOW = schedules.flow(1000)
 
 
@@ -259,7 +241,7 @@ FLOW = schedules.flow(1000)
         ("dpmpp_2m", {"solver": "euler"}, "solver: expected one of midpoint, heun"),
         ("heun", {"initial": "zero"}, "initial: expected one of unit, sigma"),
         ("euler_ancestral", {"s_noise": float("nan")}, "s_noise: expected a number"),
-        ("ddim", {"prediction": "eps"}, "prediction: expected one of epsilon, v, sample, flow, got 'eps'"),
+        ("ddim", {"prediction": "eps"}, "prediction: expected one of epsilon, v, sample, flow, score, edm, got 'eps'"),
         ("ddim", {"prediction": "flow"}, "'flow' does not fit the vp schedule 'linear'; expected one of epsilon, v"),
         ("ddim", {"prediction": "v", "schedule": FLOW}, "'v' does not fit the flow schedule"),
         (
