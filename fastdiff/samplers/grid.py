@@ -60,9 +60,13 @@ def _check_used(spacing: str, used: tuple[str, ...], options: GridOptions, sched
 
 def _check_given(name: str, steps: int | None, final: str, options: GridOptions) -> int:
     """The number of steps that the given points make."""
-    points = np.asarray(getattr(options, name), dtype=np.float64)
+    given = getattr(options, name)
+    try:
+        points = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: expected falling numbers, got {given!r}") from None
     if points.ndim != 1 or len(points) == 0 or np.isnan(points).any() or not np.all(points[1:] < points[:-1]):
-        raise InputError(f"{name}: expected falling numbers, got {getattr(options, name)!r}")
+        raise InputError(f"{name}: expected falling numbers, got {given!r}")
     ends = final == "last" or (name == "sigmas" and points[-1] == 0.0)
     count = len(points) - ends
     if count < 1:

@@ -57,7 +57,7 @@ def _even_levels(schedule: Schedule, steps: int, options: GridOptions, spacing: 
         levels = spacings.beta(high, low, ramp, a, b)
     else:
         levels = spacings.geometric(high, low, ramp, _level("rho", options.rho, 1.0))
-    return _at_levels(schedule, options, levels[:steps], 0.0 if final == "zero" else low)
+    return _at_levels(schedule, options, levels[:steps], 0.0 if final == "zero" else float(levels[-1]))
 
 
 def _even_flow(schedule: Schedule, steps: int, options: GridOptions, spacing: str, final: str) -> Grid:

@@ -7,13 +7,17 @@ import pytest
 
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
+from fastdiff.samplers import grid as grids
 
 VP, FLOW = schedules.linear(1000), schedules.flow(1000, shift=3.0)
 
 
-def grid(steps: int, schedule=VP, **options) -> samplers.Grid:
-    prediction = "sample"
-    return samplers.build("ddim", schedule=schedule, steps=steps, prediction=prediction, **options).grid
+def grid(steps: int | None, schedule=VP, **options) -> samplers.Grid:
+    return points_of(schedule, steps, **options)
+
+
+def points_of(schedule: schedules.Schedule, steps: int | None, **options) -> samplers.Grid:
+    return grids.build(schedule, steps, grids.GridOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -80,29 +84,6 @@ def test_any_shift_starts_at_pure_noise():
         assert (points.alphas[0], points.sigmas[0]) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "exponential"])
-@pytest.mark.parametrize("final_sigma", ["zero", "schedule"])
-def test_every_step_count_has_falling_levels(spacing, final_sigma):
-    # Whole trailing timesteps reach 0, the schedule's own end, from 667 steps on.
-    most = 666 if (spacing, final_sigma) == ("trailing", "schedule") else 999
-    for steps in [*range(1, 60), 333, 499, 500, 501, 600, most]:
-        points = grid(steps, spacing=spacing, final_sigma=final_sigma)
-        assert points.steps == steps
-        assert (np.diff(points.noise_ratios) < 0).all()
-        assert points.sigmas[-1] == (0.0 if final_sigma == "zero" else pytest.approx(VP.sigmas[0], rel=1e-12))
-        t = points.timesteps[:-1]
-        assert t.min() >= 0
-        assert t.max() <= 999
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "exponential"])
-def test_as_many_steps_as_training(spacing):
-    points = grid(1000, spacing=spacing)
-    if spacing not in ("karras", "exponential"):
-        assert points.timesteps[:-1].tolist() == list(range(999, -1, -1))
-    assert (np.diff(points.noise_ratios) < 0).all()
-
-
 @pytest.mark.parametrize(
     ("steps", "options", "message"),
     [
@@ -121,6 +102,31 @@ def test_as_many_steps_as_training(spacing):
         (10, {"spacing": "leading", "steps_offset": 200}, "steps_offset: the timesteps start at 1100"),
         (10, {"spacing": "linspace", "integer": False, "interpolation": "cubic"}, "interpolation: expected 'log'"),
         (10, {"final_sigma": "one"}, "final_sigma: expected one of zero, schedule"),
+        (10, {"final_sigma": "last"}, "final_sigma: expected one of zero, schedule, got 'last'"),
+        (10, {"shift": 3.0}, "shift: has no effect with spacing='trailing' on a vp schedule"),
+        (10, {"spacing": "beta", "beta_a": 0.0}, "beta_a: expected a positive number"),
+        (10, {"spacing": "align_your_steps"}, "model: align_your_steps needs one of sd15, sdxl, svd"),
+        (10, {"spacing": "align_your_steps", "model": "sd3"}, "model: expected one of sd15, sdxl, svd, got 'sd3'"),
+        (None, {}, "steps: expected a whole number from 1 to 1000, got None"),
+        (None, {"timesteps": [9, 5], "sigmas": [2.0, 1.0]}, "expected one of the three"),
+        (None, {"timesteps": [9, 5], "spacing": "karras"}, "expected one of the three"),
+        (3, {"timesteps": [9, 5]}, "steps: timesteps has 2 steps, got 3"),
+        (3, {"sigmas": [2.0, 1.0, 0.0]}, "steps: sigmas has 2 steps, got 3"),
+        (None, {"timesteps": [5, 9]}, "timesteps: expected falling numbers"),
+        (None, {"timesteps": [9, 9]}, "timesteps: expected falling numbers"),
+        (None, {"timesteps": []}, "timesteps: expected falling numbers"),
+        (None, {"sigmas": [[2.0, 1.0]]}, "sigmas: expected falling numbers"),
+        (None, {"sigmas": [2.0, float("nan")]}, "sigmas: expected falling numbers"),
+        (None, {"sigmas": ["a"]}, "sigmas: expected falling numbers"),
+        (None, {"sigmas": [2.0, -1.0]}, "sigmas: expected levels from 0 to inf"),
+        (None, {"sigmas": [0.0]}, "sigmas: expected a level to start from and one to end at"),
+        (None, {"sigmas": [1.0], "final_sigma": "last"}, "sigmas: expected a level to start from"),
+        (None, {"timesteps": [1000, 5]}, "timesteps: the timesteps start at 1000"),
+        (None, {"timesteps": [5, -1]}, "timesteps: the timesteps start at 5"),
+        (None, {"timesteps": [9, 5], "rho": 2.0}, "rho: has no effect with timesteps="),
+        (10, {"strength": 0.0}, "strength: expected a number above 0 and at most 1"),
+        (10, {"strength": 1.1}, "strength: expected a number above 0 and at most 1"),
+        (10, {"strength": 0.09}, "strength: 0.09 of 10 steps leaves none"),
         (667, {"final_sigma": "schedule"}, "do not fit between"),
         (1000, {"spacing": "leading", "endpoint": False}, "do not fit between"),
     ],
@@ -129,6 +135,26 @@ def test_as_many_steps_as_training(spacing):
 def test_bad_grids_are_refused(steps, options, message):
     with pytest.raises(InputError, match=message):
         grid(steps, **options)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        (schedules.flow(), {"sigmas": [1.2, 0.5]}, "expected levels from 0 to 1 for a flow schedule"),
+        (schedules.flow(), {"sigma_max": 2.0, "spacing": "karras"}, "expected 0 < sigma_min < sigma_max"),
+        (schedules.flow(), {"shift_terminal": 1.0}, "shift_terminal: expected a number between 0 and 1"),
+        (schedules.flow(), {"shift": 0.0}, "shift: expected a positive number"),
+        (schedules.flow(), {"timesteps": [1001.0, 5.0]}, "timesteps: the timesteps start at 1001"),
+        (schedules.edm(), {"sigmas": [math.inf, 1.0]}, "sigmas: expected levels"),
+        (schedules.ve(), {"integer": True}, "integer: the schedule 've' has no whole timesteps"),
+        (schedules.sub_vp_sde(), {"spacing": "align_your_steps"}, "for a sub_vp schedule, got 'align_your_steps'"),
+    ],
+    ids=str,
+)
+def test_bad_grids_of_other_schedules_are_refused(schedule, options, message):
+    steps = None if "sigmas" in options or "timesteps" in options else 5
+    with pytest.raises(InputError, match=message):
+        points_of(schedule, steps, **options)
 
 
 def test_vp_spacings_do_not_fit_flow_schedules():
