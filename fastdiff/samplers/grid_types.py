@@ -38,7 +38,7 @@ class GridOptions:
                     above it, as in the last timesteps of the cosine schedule, no signal is left to see).
     rho             of "karras", default 7; of "polyexponential", default 1.
     beta_a, beta_b  of "beta". Default 0.6.
-    model           of "align_your_steps": "sd15", "sdxl" or "svd".
+    ays_model       of "align_your_steps": "sd15", "sdxl" or "svd".
     shift           of a flow grid, in place of the schedule's own (`fastdiff.schedules.dynamic_shift`).
     shift_terminal  of a flow grid: stretched so that the last level before the final one is this, t = 1 staying.
     timesteps       the points themselves, as falling network timesteps, in place of a spacing.
@@ -59,7 +59,7 @@ class GridOptions:
     rho: float | None = None
     beta_a: float | None = None
     beta_b: float | None = None
-    model: str | None = None
+    ays_model: str | None = None
     shift: float | None = None
     shift_terminal: float | None = None
     timesteps: Sequence[float] | None = None

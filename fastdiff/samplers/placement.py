@@ -75,9 +75,9 @@ def _even_flow(schedule: Schedule, steps: int, options: GridOptions, spacing: st
 
 
 def _published(schedule: Schedule, steps: int, options: GridOptions, spacing: str, final: str) -> Grid:
-    if options.model is None:
-        raise InputError(f"model: align_your_steps needs one of {', '.join(spacings.ALIGN_YOUR_STEPS)}, got None")
-    levels = spacings.align_your_steps(options.model, steps + 1)
+    if options.ays_model is None:
+        raise InputError(f"ays_model: align_your_steps needs one of {', '.join(spacings.ALIGN_YOUR_STEPS)}, got None")
+    levels = spacings.align_your_steps(options.ays_model, steps + 1)
     return _at_levels(schedule, options, levels[:steps], 0.0 if final == "zero" else float(levels[-1]))
 
 
@@ -181,7 +181,7 @@ _SIGNAL: _Spacings = {
     "timesteps": (_given_timesteps, ("timesteps", "interpolation")),
     "sigmas": (_given_levels, ("sigmas", "integer")),
 }
-_PUBLISHED: _Spacings = {"align_your_steps": (_published, ("model", "integer"))}
+_PUBLISHED: _Spacings = {"align_your_steps": (_published, ("ays_model", "integer"))}
 SPACINGS: dict[str, _Spacings] = {
     "vp": {**_SIGNAL, **_PUBLISHED},
     "ve": {**_SIGNAL, **_PUBLISHED},

@@ -44,7 +44,7 @@ def beta(high: float, low: float, ramp: Array, a: float, b: float) -> Array:
 def align_your_steps(model: str, points: int) -> Array:
     """`points` levels, linear in log(sigma / alpha) between the published ones."""
     if model not in ALIGN_YOUR_STEPS:
-        raise InputError(f"model: expected one of {', '.join(ALIGN_YOUR_STEPS)}, got {model!r}")
+        raise InputError(f"ays_model: expected one of {', '.join(ALIGN_YOUR_STEPS)}, got {model!r}")
     known = np.array(ALIGN_YOUR_STEPS[model])
     even = np.linspace(0.0, 1.0, len(known))
     return np.exp(np.interp(np.linspace(0.0, 1.0, points), even, np.log(known)))

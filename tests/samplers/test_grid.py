@@ -105,8 +105,12 @@ def test_any_shift_starts_at_pure_noise():
         (10, {"final_sigma": "last"}, "final_sigma: expected one of zero, schedule, got 'last'"),
         (10, {"shift": 3.0}, "shift: has no effect with spacing='trailing' on a vp schedule"),
         (10, {"spacing": "beta", "beta_a": 0.0}, "beta_a: expected a positive number"),
-        (10, {"spacing": "align_your_steps"}, "model: align_your_steps needs one of sd15, sdxl, svd"),
-        (10, {"spacing": "align_your_steps", "model": "sd3"}, "model: expected one of sd15, sdxl, svd, got 'sd3'"),
+        (10, {"spacing": "align_your_steps"}, "ays_model: align_your_steps needs one of sd15, sdxl, svd"),
+        (
+            10,
+            {"spacing": "align_your_steps", "ays_model": "sd3"},
+            "ays_model: expected one of sd15, sdxl, svd, got 'sd3'",
+        ),
         (None, {}, "steps: expected a whole number from 1 to 1000, got None"),
         (None, {"timesteps": [9, 5], "sigmas": [2.0, 1.0]}, "expected one of the three"),
         (None, {"timesteps": [9, 5], "spacing": "karras"}, "expected one of the three"),
@@ -149,7 +153,7 @@ def test_bad_grids_are_refused(steps, options, message):
         (schedules.ve(), {"integer": True}, "integer: the schedule 've' has no whole timesteps"),
         (schedules.sub_vp_sde(), {"spacing": "align_your_steps"}, "for a sub_vp schedule, got 'align_your_steps'"),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, schedules.Schedule) else str(value),
 )
 def test_bad_grids_of_other_schedules_are_refused(schedule, options, message):
     steps = None if "sigmas" in options or "timesteps" in options else 5

@@ -59,7 +59,7 @@ def test_whole_timesteps_are_those_of_diffusers(spacing, flag, steps):
 def test_align_your_steps_is_that_of_diffusers(model):
     name = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL", "svd": "StableDiffusionVideo"}[model]
     schedule = schedules.edm(sigma_max=1000.0) if model == "svd" else schedules.scaled_linear()
-    points = build(schedule, 10, spacing="align_your_steps", model=model)
+    points = build(schedule, 10, spacing="align_your_steps", ays_model=model)
     np.testing.assert_allclose(points.noise_ratios, AysSchedules[f"{name}Sigmas"], rtol=1e-14)
     if model != "svd":
         # The published timesteps are those of the levels before these were rounded to three digits.

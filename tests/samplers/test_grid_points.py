@@ -39,7 +39,7 @@ def test_every_step_count_has_falling_levels(schedule, spacing):
     # The quantiles cost more than all else; what differs between schedules is the two ends.
     stride = 37 if spacing == "beta" and schedule is not LATENT else 1
     for steps in range(1, schedule.steps + 1, stride):
-        points = build(schedule, steps, spacing=spacing, model=model)
+        points = build(schedule, steps, spacing=spacing, ays_model=model)
         ratios, t = points.noise_ratios, points.timesteps
         assert points.steps == steps
         assert (ratios[1:] < ratios[:-1]).all()
@@ -97,7 +97,7 @@ def test_beta_levels_are_quantiles(a, b):
 @pytest.mark.parametrize("steps", [5, 20])
 def test_align_your_steps_at_other_counts(steps):
     known = np.array([700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002])
-    options = {"spacing": "align_your_steps", "model": "svd", "final_sigma": "schedule"}
+    options = {"spacing": "align_your_steps", "ays_model": "svd", "final_sigma": "schedule"}
     points = build(schedules.edm(sigma_max=700.0), steps, **options)
     if steps == 5:
         expected = known[::2]
@@ -191,7 +191,7 @@ def test_given_timesteps(schedule):
 def test_strength_keeps_the_last_steps(strength, kept):
     for options in ({"spacing": "karras"}, {"sigmas": [*range(10, 0, -1)]}):
         whole, part = build(LATENT, 10, **options), build(LATENT, 10, strength=strength, **options)
-        assert part.steps == kept
+        assert (part.steps, part.skipped, whole.skipped) == (kept, 10 - kept, 0)
         for field in ("timesteps", "alphas", "sigmas"):
             assert getattr(part, field).tolist() == getattr(whole, field)[-kept - 1 :].tolist()
 
