@@ -89,7 +89,7 @@ def build(
     for name in options:
         if name not in info.options and name not in GRID_OPTIONS:
             raise _unknown_option(info, name)
-    if options.get("spacing") is None:
+    if all(options.get(name) is None for name in ("spacing", "timesteps", "sigmas")):
         options = {**info.grid, **{name: value for name, value in options.items() if name != "spacing"}}
     points = grid.build(schedule, steps, grid.options_from(options))
     return info.rows(Problem(schedule, points, prediction, clip, threshold), **options)

@@ -42,7 +42,7 @@ def _rows(problem: Problem, eta: float, clipped_epsilon: bool, stride: bool) -> 
 
 
 def _stride_end(problem: Problem, start: Point, last: Point) -> Point:
-    t = start.timestep - problem.schedule.steps // problem.grid.steps
+    t = start.timestep - problem.schedule.steps // (problem.grid.skipped + problem.grid.steps)
     return last if t < 0 else problem.at_timestep(t)
 
 
