@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.cases import CASES
 from benchmarks.operators import BUILDERS
-from fastdiff import ops
+from fastdiff import noise, ops
 from fastdiff.ops import native, reference, row
 from fastdiff.ops.registry import OPERATORS
 
@@ -196,9 +196,7 @@ def test_row_constants_are_equal_in_cpp() -> None:
         if name.isupper() and isinstance(value, int | slice):
             expected = value.start if isinstance(value, slice) else value
             assert found.pop({"ROW_SIZE": "SIZE"}.get(name, name)) == expected, name
-    from fastdiff.noise import STREAM_STEP
-
-    assert found == {"STREAM_STEP": STREAM_STEP}
+    assert found == {"STREAM_INITIAL": noise.STREAM_INITIAL, "STREAM_STEP": noise.STREAM_STEP}
     enum = re.search(r"enum Input \{([^}]*)\}", header)
     assert enum is not None
     names = [name.strip().lower() for name in enum[1].split(",")]

@@ -66,29 +66,62 @@ def sampler_step(
     history: Sequence[Tensor] = (),
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
+    weights: Tensor | None = None,
+    scales: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Tensor | None = None,
+    mask: Tensor | None = None,
     new_history: bool = False,
     new_anchor: bool = False,
     model_input: torch.dtype | None = None,
+    copies: int | None = None,
 ) -> StepOutput:
     """x' = sum_i row[NEW_X][i] * [x, m, D, anchor, hist1, hist2, hist3, noise][i], and likewise history' and anchor'.
 
-    m = uncond + g * (cond - uncond) where model_output holds two halves, else model_output itself;
-    D = clamp(ax*x + am*m, -clip, clip); model input' = input_scale * x'. The coefficients are row `row` (plus
-    `counter[0]`) of the table; `fastdiff.ops.row` names the columns. One pass over memory, float32 arithmetic.
+    m = w_0 out_0 + sum_k w_k (out_k - out_0) over the G groups out_k of model_output, with (1, g), the row's guidance,
+    where no weights are given; D = clamp(ax*x + am*m, -clip, clip). The coefficients are row `row` (plus `counter[0]`)
+    of the table; `fastdiff.ops.row` names the columns. One pass over memory, float32 arithmetic. Then
+        scales (b, d, z)   D = d * clamp(ax*x + am*m, -b, b), and the noise is multiplied by z
+        learned variance   the noise is multiplied by exp(row[VARIANCE] * v)
+        known and mask     x' becomes mask * x' + (1 - mask) * (signal * known + noise * known_noise) with row[KNOWN];
+                           where mask is 1 or 0, only x' or only the other counts
+    and model input' = input_scale * x'.
 
-    x: (N, ...) float32, float16 or bfloat16; x' has its dtype. model_output: x's shape, or (2N, ...) = [uncond; cond];
-    contiguous or channels-last. table: (rows, 32) float32. counter: int64 (1,) on x's device, or None. anchor and
-    up to three of history, newest first: x's shape, float32. noise: x's shape, or drawn as
-    `philox_normal(seeds, step=row + counter, stream=STREAM_STEP)`. new_history, new_anchor: give those outputs
-    (float32). model_input: the dtype of the next network input, which is given twice if model_output has two halves.
+    x: (N, ...) float32, float16 or bfloat16; x' has its dtype. model_output: (G*N, C, ...) contiguous or channels-last,
+    [uncond; cond] for G = 2; with 2C channels, the last C of the last group are v. table: (rows, 32) float32. counter:
+    int64 (1,) on x's device, or None. anchor and up to three of history, newest first: x's shape, float32. noise: x's
+    shape, or drawn as `philox_normal(seeds, step=row + counter, stream=STREAM_STEP)`. weights: float32 (N, G); needed
+    beyond two groups. scales: float32 (N, 3). known: x's shape. mask: float32, 1 where the sample is made and 0 where
+    the image stays; (1 or N, 1 or C, *spatial). known_noise: x's shape, or drawn as the sample's starting noise,
+    `philox_normal(seeds, stream=STREAM_INITIAL)`. new_history, new_anchor: give those outputs (float32). model_input:
+    the dtype of the next network input, which has x's channels and is given `copies` times, G unless said.
 
-    A coefficient of zero means that its input is not read. A tensor that the row needs and that is missing is an
-    InputError on the CPU; on a GPU, where the table cannot be read without waiting for it, the result is NaN.
-    Source: DESIGN of fastdiff; the methods' papers are named in `fastdiff.samplers`.
+    A coefficient of zero means that its input is not read: nor is v unless noise is. A tensor that the row needs and
+    that is missing is an InputError on the CPU; on a GPU, where the table cannot be read without waiting for it, the
+    result is NaN.
+    Source: DESIGN of fastdiff; the methods' papers are named in `fastdiff.samplers`. Variance channels: Nichol &
+    Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021, equation 15. Keeping an image: Lugmayr et al.,
+    "RePaint", 2022, equation 8.
     """
     if not x.is_contiguous():
         x = x.contiguous()
-    checks.sampler_step(x, model_output, table, row, counter, anchor, history, noise, seeds)
+    checks.sampler_step(
+        x,
+        model_output,
+        table,
+        row,
+        counter,
+        anchor,
+        history,
+        noise,
+        seeds,
+        weights,
+        scales,
+        known,
+        known_noise,
+        mask,
+        copies,
+    )
     given = len(history)
     outputs = _call(
         "sampler_step",
@@ -103,8 +136,14 @@ def sampler_step(
         history[2] if given > 2 else None,
         noise,
         seeds,
+        weights,
+        scales,
+        known,
+        known_noise,
+        mask,
         new_history,
         new_anchor,
+        copies,
         model_input,
     )
     return StepOutput(

@@ -51,6 +51,12 @@ def sampler_step(
     history: Sequence[Tensor],
     noise: Tensor | None,
     seeds: Tensor | None,
+    weights: Tensor | None,
+    scales: Tensor | None,
+    known: Tensor | None,
+    known_noise: Tensor | None,
+    mask: Tensor | None,
+    copies: int | None,
 ) -> None:
     name, shape, device = "sampler_step", x.shape, x.device
     if x.dtype not in _FLOATS or model_output.dtype not in _FLOATS:
@@ -58,11 +64,8 @@ def sampler_step(
         _floating(name, "model_output", model_output)
     if x.dim() == 0 or x.numel() == 0:
         raise InputError(f"{name}: x has shape {tuple(shape)}; expected (N, ...) with at least one element")
-    if model_output.shape != shape and model_output.shape != (2 * shape[0], *shape[1:]):
-        raise InputError(
-            f"{name}: model_output has shape {tuple(model_output.shape)}; expected {tuple(shape)}, "
-            f"or {(2 * shape[0], *shape[1:])} = [uncond; cond]"
-        )
+    if weights is not None or model_output.shape != shape:
+        _step_groups(x, model_output, weights)
     if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != ROW_SIZE or not table.is_contiguous():
         raise InputError(
             f"{name}: table is {table.dtype} of shape {tuple(table.shape)}; "
@@ -83,9 +86,7 @@ def sampler_step(
         if value.dtype not in (torch.float32, torch.float64):
             raise InputError(f"{name}: anchor or history is {value.dtype}; expected float32")
     if noise is not None:
-        _floating(name, "noise", noise)
-        _shape(name, "noise", noise, shape)
-        _same_device(name, x, noise=noise)
+        _like_state("noise", noise, x)
     if seeds is not None:
         _seeds(name, seeds, shape[0])
         _same_device(name, x, seeds=seeds)
@@ -93,6 +94,70 @@ def sampler_step(
         if counter.dtype != torch.int64 or counter.numel() != 1:
             raise InputError(f"{name}: counter is {counter.dtype} of {counter.numel()} elements; expected int64 (1,)")
         _same_device(name, x, counter=counter)
+    if scales is not None:
+        _rows_of_samples("scales", scales, x, 3, "bound, data factor, noise factor")
+    if known is not None or mask is not None or known_noise is not None:
+        _step_known(x, known, known_noise, mask)
+    if copies is not None and copies < 1:
+        raise InputError(f"{name}: copies is {copies}; expected at least 1, or None for the groups of model_output")
+
+
+def _step_groups(x: Tensor, model_output: Tensor, weights: Tensor | None) -> None:
+    """The model output's shape where it is not simply x's: G groups of the batch, variance channels."""
+    name, shape, output = "sampler_step", x.shape, model_output.shape
+    fits = len(output) == len(shape) and output[0] % shape[0] == 0 and output[0] > 0
+    if fits and len(shape) > 1:
+        fits = output[2:] == shape[2:] and (output[1] == shape[1] or output[1] == 2 * shape[1])
+    if not fits:
+        raise InputError(
+            f"{name}: model_output has shape {tuple(output)}; expected {tuple(shape)}, "
+            f"or {(2 * shape[0], *shape[1:])} = [uncond; cond], or more groups with weights, "
+            "each with x's channels or twice as many"
+        )
+    groups = output[0] // shape[0]
+    if weights is not None:
+        _rows_of_samples("weights", weights, x, groups, "one weight for each group of model_output")
+    elif groups > 2:
+        raise InputError(
+            f"{name}: model_output has {groups} groups of {shape[0]} samples and there are no weights; "
+            f"pass weights ({shape[0]}, {groups})"
+        )
+
+
+def _step_known(x: Tensor, known: Tensor | None, known_noise: Tensor | None, mask: Tensor | None) -> None:
+    """What is kept of an image, and where."""
+    name, shape = "sampler_step", x.shape
+    if known is None or mask is None:
+        absent = "known" if known is None else "mask"
+        raise InputError(f"{name}: known and mask come together; pass {absent}, or neither of them nor known_noise")
+    _like_state("known", known, x)
+    if known_noise is not None:
+        _like_state("known_noise", known_noise, x)
+    fits = mask.dim() == len(shape) and mask.shape[2:] == shape[2:]
+    if not fits or any(have not in (1, want) for have, want in zip(mask.shape[:2], shape[:2], strict=True)):
+        expected = ", ".join([f"1 or {size}" for size in shape[:2]] + [str(size) for size in shape[2:]])
+        raise InputError(f"{name}: mask has shape {tuple(mask.shape)}; expected ({expected})")
+    if mask.dtype != torch.float32:
+        raise InputError(f"{name}: mask is {mask.dtype}; expected float32, 1 where the sample is made; convert it")
+    _same_device(name, x, mask=mask)
+
+
+def _like_state(argument: str, value: Tensor, x: Tensor) -> None:
+    """A floating tensor of x's shape and device."""
+    _floating("sampler_step", argument, value)
+    _shape("sampler_step", argument, value, x.shape)
+    _same_device("sampler_step", x, **{argument: value})
+
+
+def _rows_of_samples(argument: str, value: Tensor, x: Tensor, columns: int, meaning: str) -> None:
+    """A contiguous float32 (N, columns) on x's device."""
+    name, expected = "sampler_step", (x.shape[0], columns)
+    if value.dtype != torch.float32 or value.shape != expected or not value.is_contiguous():
+        raise InputError(
+            f"{name}: {argument} is {value.dtype} of shape {tuple(value.shape)}; "
+            f"expected contiguous float32 {expected}: {meaning}"
+        )
+    _same_device(name, x, **{argument: value})
 
 
 def _word(name: str, argument: str, value: int) -> None:

@@ -14,8 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.noise import STREAM_STEP
-from fastdiff.ops.row import CLIP, GUIDANCE, INPUT_SCALE, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
+from fastdiff.noise import STREAM_INITIAL, STREAM_STEP
+from fastdiff.ops.row import (
+    CLIP,
+    GUIDANCE,
+    INPUT_SCALE,
+    INPUTS,
+    KNOWN,
+    NEW_ANCHOR,
+    NEW_HISTORY,
+    NEW_X,
+    PREDICTION,
+    VARIANCE,
+)
 
 _MASK32 = 0xFFFFFFFF
 
@@ -129,46 +140,106 @@ def sampler_step(
     hist3: Tensor | None,
     noise: Tensor | None,
     seeds: Tensor | None,
+    weights: Tensor | None,
+    scales: Tensor | None,
+    known: Tensor | None,
+    known_noise: Tensor | None,
+    mask: Tensor | None,
     new_history: bool,
     new_anchor: bool,
+    copies: int | None,
     model_input: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index = row + (0 if counter is None else int(counter))
     if not 0 <= index < len(table):
         raise InputError(f"sampler_step: row + counter = {index} is outside the table's {len(table)} rows")
     c = table[index].tolist()
-    state, m = wide(x), wide(model_output)
-    copies = m.shape[0] // x.shape[0]
-    if copies == 2:
-        unconditional, conditional = m.chunk(2)
-        m = unconditional + c[GUIDANCE] * (conditional - unconditional)
+    state = wide(x)
+    outputs, variance = _split_output(wide(model_output), x.shape)
+    m = _guided(outputs, c[GUIDANCE], weights)
+    bound, data_factor, noise_factor = (c[CLIP], 1.0, 1.0) if scales is None else _per_sample(scales, like=state)
 
     blocks = [NEW_X] + [NEW_HISTORY] * new_history + [NEW_ANCHOR] * new_anchor
     needed = {name for block in blocks for name, value in zip(INPUTS, c[block], strict=True) if value != 0.0}
     values = {"x": state, "m": m, "anchor": anchor, "hist1": hist1, "hist2": hist2, "hist3": hist3, "noise": noise}
     if "D" in needed:
         prediction = combine(c[PREDICTION], (state, m), like=state)
-        values["D"] = prediction.clamp(-c[CLIP], c[CLIP])
-    if "noise" in needed and noise is None and seeds is not None:
-        values["noise"] = philox_normal(seeds, x.shape, index, STREAM_STEP, torch.float32)
+        values["D"] = data_factor * prediction.clamp(-bound, bound)
+    if "noise" in needed:
+        if noise is None and seeds is not None:
+            noise = philox_normal(seeds, x.shape, index, STREAM_STEP, torch.float32)
+        z = noise_factor * wide(_present(noise, "noise", index))
+        if c[VARIANCE] != 0.0:
+            z = z * torch.exp(c[VARIANCE] * _present(variance, "variance", index))
+        values["noise"] = z
     for name in needed:
-        if values[name] is None:
-            raise InputError(
-                f"sampler_step: row {index} of the table uses {name}, which was not given; pass {name}"
-                + (" or seeds" if name == "noise" else "")
-            )
+        _present(values[name], name, index)
 
-    def outputs(block: slice) -> Tensor:
+    def total(block: slice) -> Tensor:
         return combine(c[block], [values.get(name) for name in INPUTS], like=state)
 
-    next_x = outputs(NEW_X)
-    history = outputs(NEW_HISTORY) if new_history else state.new_empty(0)
-    new_anchors = outputs(NEW_ANCHOR) if new_anchor else state.new_empty(0)
+    next_x = total(NEW_X)
+    if known is not None and mask is not None:
+        if c[KNOWN][1] != 0.0:
+            if known_noise is None and seeds is not None:
+                known_noise = philox_normal(seeds, x.shape, 0, STREAM_INITIAL, torch.float32)
+            _present(known_noise, "known_noise", index)
+        next_x = _blend(mask.to(state.dtype), next_x, combine(c[KNOWN], (known, known_noise), like=state))
+    history = total(NEW_HISTORY) if new_history else state.new_empty(0)
+    new_anchors = total(NEW_ANCHOR) if new_anchor else state.new_empty(0)
     if model_input is None:
         next_input = x.new_empty(0)
     else:
-        next_input = torch.cat([(c[INPUT_SCALE] * next_x).to(model_input)] * copies)
+        next_input = torch.cat([(c[INPUT_SCALE] * next_x).to(model_input)] * (copies or len(outputs)))
     return next_x.to(x.dtype, copy=True), history, new_anchors, next_input
+
+
+_REMEDIES = {
+    "noise": "noise or seeds",
+    "known_noise": "known_noise or seeds",
+    "variance": "a model_output with twice the channels of x",
+}
+
+
+def _present(value: Tensor | None, name: str, row: int) -> Tensor:
+    if value is None:
+        raise InputError(
+            f"sampler_step: row {row} of the table uses {name}, which was not given; pass {_REMEDIES.get(name, name)}"
+        )
+    return value
+
+
+def _split_output(output: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """(G, N, C, ...): the groups of the batch; and the variance channels of the last one, (N, C, ...), or None."""
+    groups = output.unflatten(0, (-1, shape[0]))
+    if len(shape) < 2 or output.shape[1] == shape[1]:
+        return groups, None
+    means, variances = groups.chunk(2, dim=2)
+    return means, variances[-1]
+
+
+def _guided(outputs: Tensor, guidance: float, weights: Tensor | None) -> Tensor:
+    """w_0 * out_0 + sum over k of w_k * (out_k - out_0), with (1, guidance) for weights where none are given."""
+    base = outputs[0]
+    if weights is None:
+        return base if len(outputs) == 1 else base + guidance * (outputs[1] - base)
+    factors = _per_sample(weights, like=base)
+    terms = (base, *(output - base for output in outputs[1:]))
+    return sum(
+        (torch.where(factor != 0.0, factor * term, 0.0) for factor, term in zip(factors, terms, strict=True)),
+        start=torch.zeros_like(base),
+    )
+
+
+def _per_sample(values: Tensor, *, like: Tensor) -> tuple[Tensor, ...]:
+    """The columns of (N, K), each in the dtype of `like` and of a shape that broadcasts over its samples."""
+    return values.to(like.dtype).reshape(*values.shape, *(1,) * (like.dim() - 1)).unbind(1)
+
+
+def _blend(mask: Tensor, made: Tensor, kept: Tensor) -> Tensor:
+    """mask * made + (1 - mask) * kept; at a mask of 1 and 0 only that which counts is read."""
+    mixed = mask * made + (1.0 - mask) * kept
+    return torch.where(mask == 1.0, made, torch.where(mask == 0.0, kept, mixed))
 
 
 def combine(coefficients: Sequence[float], inputs: Sequence[Tensor | None], *, like: Tensor) -> Tensor:

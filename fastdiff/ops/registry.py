@@ -105,8 +105,8 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_sampler_step(x: Tensor, model_output: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    new_history, new_anchor, model_input = args[-3:]
-    shape = x.shape if model_input is None else model_output.shape
+    new_history, new_anchor, copies, model_input = args[-4:]
+    shape = (x.shape[0] * copies if copies is not None else model_output.shape[0], *x.shape[1:])
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(x.shape if new_history else (0,), dtype=torch.float32),
@@ -121,7 +121,8 @@ OPERATORS = {
         Operator(
             "sampler_step",
             "(Tensor x, Tensor model_output, Tensor table, int row, Tensor? counter, Tensor? anchor, Tensor? hist1,"
-            " Tensor? hist2, Tensor? hist3, Tensor? noise, Tensor? seeds, bool new_history, bool new_anchor,"
+            " Tensor? hist2, Tensor? hist3, Tensor? noise, Tensor? seeds, Tensor? weights, Tensor? scales,"
+            " Tensor? known, Tensor? known_noise, Tensor? mask, bool new_history, bool new_anchor, int? copies,"
             " ScalarType? model_input) -> (Tensor, Tensor, Tensor, Tensor)",
             reference.sampler_step,
             _fake_sampler_step,
