@@ -18,9 +18,16 @@ struct Array {
 // lies at s * C + c; inner == 1 means the logical order itself.
 struct StepArgs {
   int64_t samples, count;
-  int64_t model_output_inner;
-  bool guided;  // model_output holds [uncond; cond]
+  int64_t groups;        // model_output holds so many batches
+  int64_t output_count;  // elements of a sample of it: count, or 2 * count, of which the second half is the variance
+  int64_t output_inner;
+  int64_t copies;  // of the model input
   Array x, model_output, noise, anchor, hist1, hist2, hist3;  // anchor and history float32
+  Array known, known_noise;
+  const float* mask;  // of a kept image; a sample's element e has mask[sample * mask_stride + e % mask_count]
+  int64_t mask_stride, mask_count;
+  const float* weights;  // (samples, groups), or nullptr
+  const float* scales;   // (samples, 3): bound, data factor, noise factor; or nullptr
   const int64_t* seeds;
   const float* table;  // on the device of x
   int64_t row, rows;

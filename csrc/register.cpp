@@ -28,6 +28,8 @@ Array array(const Tensor& tensor) { return {tensor.data_ptr(), type_of(tensor.sc
 
 Array array(const OptionalTensor& tensor) { return tensor ? array(*tensor) : Array{}; }
 
+const float* floats(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
+
 const int64_t* integers(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr<int64_t>() : nullptr; }
 
 at::MemoryFormat layout_of(const Tensor& x) {
@@ -46,6 +48,8 @@ Tensor dense(const Tensor& x) {
   if (x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d)) return x;
   return x.contiguous();
 }
+
+OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x->contiguous()) : x; }
 
 enum class Capability { DEFAULT, AVX2, AVX512 };
 
@@ -98,29 +102,39 @@ void step_on_cpu(const StepArgs& args) {
   if (const char* missing = ON_CPU(sampler_step, args)) {
     const std::string name = missing;
     input_error("sampler_step: row " + std::to_string(index) + " of the table uses " + name +
-                ", which was not given; pass " + name + (name == "noise" ? " or seeds" : ""));
+                ", which was not given; pass " +
+                (name == "variance" ? "a model_output with twice the channels of x"
+                 : name == "noise" || name == "known_noise" ? name + " or seeds"
+                                                            : name));
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
     const Tensor& state, const Tensor& model_output, const Tensor& table, int64_t row, const OptionalTensor& counter,
     const OptionalTensor& anchor, const OptionalTensor& hist1, const OptionalTensor& hist2,
-    const OptionalTensor& hist3, const OptionalTensor& noise, const OptionalTensor& seeds, bool new_history,
-    bool new_anchor, const OptionalType& model_input) {
+    const OptionalTensor& hist3, const OptionalTensor& noise, const OptionalTensor& seeds,
+    const OptionalTensor& weights, const OptionalTensor& scales, const OptionalTensor& known,
+    const OptionalTensor& known_noise, const OptionalTensor& mask, bool new_history, bool new_anchor,
+    const std::optional<int64_t>& copies, const OptionalType& model_input) {
   const Tensor x = state.contiguous(), m = dense(model_output);
-  const OptionalTensor z = noise ? OptionalTensor(noise->contiguous()) : noise;
-  const auto floats = x.options().dtype(at::kFloat);
+  const OptionalTensor z = contiguous(noise), image = contiguous(known), image_noise = contiguous(known_noise);
+  const OptionalTensor blend = contiguous(mask);
+  const auto wide = x.options().dtype(at::kFloat);
   const Tensor next_x = at::empty(x.sizes(), x.options());
-  const Tensor history = new_history ? at::empty(x.sizes(), floats) : at::empty({0}, floats);
-  const Tensor next_anchor = new_anchor ? at::empty(x.sizes(), floats) : at::empty({0}, floats);
-  const auto input_options = x.options().dtype(model_input.value_or(x.scalar_type()));
-  const Tensor next_input = model_input ? at::empty(m.sizes(), input_options) : at::empty({0}, input_options);
+  const Tensor history = new_history ? at::empty(x.sizes(), wide) : at::empty({0}, wide);
+  const Tensor next_anchor = new_anchor ? at::empty(x.sizes(), wide) : at::empty({0}, wide);
 
   StepArgs args{};
   args.samples = x.size(0);
   args.count = x.numel() / x.size(0);
-  args.model_output_inner = inner_of(m);
-  args.guided = m.size(0) != x.size(0);
+  args.groups = m.size(0) / x.size(0);
+  args.output_count = m.numel() / m.size(0);
+  args.output_inner = inner_of(m);
+  args.copies = copies.value_or(args.groups);
+  const auto input_options = x.options().dtype(model_input.value_or(x.scalar_type()));
+  at::DimVector input_sizes(x.sizes());
+  input_sizes[0] *= args.copies;
+  const Tensor next_input = model_input ? at::empty(input_sizes, input_options) : at::empty({0}, input_options);
   args.x = array(x);
   args.model_output = array(m);
   args.noise = array(z);
@@ -128,6 +142,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
   args.hist1 = array(hist1);
   args.hist2 = array(hist2);
   args.hist3 = array(hist3);
+  args.known = array(image);
+  args.known_noise = array(image_noise);
+  args.mask = floats(blend);
+  if (blend) {
+    args.mask_count = blend->numel() / blend->size(0);
+    args.mask_stride = blend->size(0) == 1 ? 0 : args.mask_count;
+  }
+  args.weights = floats(weights);
+  args.scales = floats(scales);
   args.seeds = integers(seeds);
   args.table = table.const_data_ptr<float>();
   args.row = row;

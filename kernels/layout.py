@@ -21,6 +21,11 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format(x))
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """An optional tensor in its logical order."""
+    return None if x is None else x.contiguous()
+
+
 def inner(x: Tensor) -> int:
     """C for a dense channels-last tensor, whose element (c, s) lies at s * C + c; 1 for a contiguous one."""
     return 1 if x.is_contiguous() else x.shape[1]

@@ -12,123 +12,85 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.aot import AotCase
-from fastdiff.kernels.layout import dense, inner
-from fastdiff.kernels.philox import normals
+from fastdiff.kernels.layout import contiguous, dense, inner
+from fastdiff.kernels.step_terms import (
+    ANCHOR,
+    CLIP,
+    GUIDANCE,
+    HIST1,
+    HIST2,
+    HIST3,
+    INPUT_SCALE,
+    KNOWN,
+    NEW_ANCHOR,
+    NEW_HISTORY,
+    NEW_X,
+    NOISE,
+    PREDICTION,
+    ROW_SIZE,
+    STREAM_INITIAL,
+    STREAM_STEP,
+    VARIANCE,
+    D,
+    M,
+    X,
+    blend,
+    coefficient,
+    coefficients,
+    combination,
+    is_used,
+    load_input,
+    load_noise,
+    per_sample,
+    term,
+    weighted,
+)
 
 BLOCK = 1024
 STRIDED_BLOCK = 512  # for a channels-last model output: its addresses take more registers
-STREAM_STEP = tl.constexpr(1)
-ROW_SIZE = tl.constexpr(32)
-# Where the coefficients stand in a row: fastdiff/ops/row.py.
-GUIDANCE = tl.constexpr(0)
-PREDICTION = tl.constexpr(1)
-CLIP = tl.constexpr(3)
-NEW_X = tl.constexpr(4)
-NEW_HISTORY = tl.constexpr(12)
-NEW_ANCHOR = tl.constexpr(20)
-INPUT_SCALE = tl.constexpr(28)
-X = tl.constexpr(0)
-M = tl.constexpr(1)
-D = tl.constexpr(2)
-ANCHOR = tl.constexpr(3)
-HIST1 = tl.constexpr(4)
-HIST2 = tl.constexpr(5)
-HIST3 = tl.constexpr(6)
-NOISE = tl.constexpr(7)
-
-
-@triton.jit
-def coefficient(row, valid, column):
-    """One scalar of the row; NaN for a row outside the table."""
-    return tl.load(row + column, mask=valid, other=float("nan"))
-
-
-@triton.jit
-def coefficients(row, valid, column, output):
-    """The eight of one output, over [x, m, D, anchor, hist1, hist2, hist3, noise]; 0 where it was not asked for."""
-    if output is None:
-        return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    else:
-        return (
-            coefficient(row, valid, column),
-            coefficient(row, valid, column + 1),
-            coefficient(row, valid, column + 2),
-            coefficient(row, valid, column + 3),
-            coefficient(row, valid, column + 4),
-            coefficient(row, valid, column + 5),
-            coefficient(row, valid, column + 6),
-            coefficient(row, valid, column + 7),
-        )
-
-
-@triton.jit
-def is_used(new_x, new_history, new_anchor, INPUT: tl.constexpr):
-    """Whether any output has a coefficient other than zero there."""
-    return (new_x[INPUT] != 0.0) | (new_history[INPUT] != 0.0) | (new_anchor[INPUT] != 0.0)
-
-
-@triton.jit
-def load_input(pointer, offset, used, element, count, BLOCK: tl.constexpr):
-    """The input as float32, not read unless used; NaN where it was not given."""
-    if pointer is None:
-        return tl.full((BLOCK,), float("nan"), tl.float32)
-    else:
-        return tl.load(pointer + offset, mask=element < tl.where(used, count, 0), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def draw_input(seed, element, index, used, BLOCK: tl.constexpr):
-    """The step's normals, not computed unless used."""
-    z = tl.zeros((BLOCK,), tl.float32)
-    if used:
-        z = normals(tl.load(seed), element, index, STREAM_STEP, BLOCK)
-    return z
-
-
-@triton.jit
-def term(c, value):
-    """c * value, and 0 for a coefficient of zero whatever the value."""
-    return tl.where(c != 0.0, c * value, 0.0)
-
-
-@triton.jit
-def combination(c, x, m, d, anchor, hist1, hist2, hist3, noise):
-    """sum over the inputs, in their order, of c[i] * input i."""
-    total = term(c[0], x) + term(c[1], m) + term(c[2], d) + term(c[3], anchor)
-    return total + term(c[4], hist1) + term(c[5], hist2) + term(c[6], hist3) + term(c[7], noise)
 
 
 @triton.jit(do_not_specialize=["row"])
 def sampler_step_kernel(
     x,  # (N, count)
-    model_output,  # (N, count), or (2N, count) where GUIDED
+    model_output,  # (GROUPS * N, output_count)
     table,  # (rows, 32) float32
     counter,  # (1,) int64, or None
     anchor,  # (N, count) float32, or None; so are hist1, hist2, hist3
     hist1,
     hist2,
     hist3,
-    noise,  # (N, count), or None
-    seeds,  # (N,) int64, or None; None where noise is given
+    noise,  # (N, count), or None; so are known and known_noise
+    seeds,  # (N,) int64, or None
+    weights,  # (N, GROUPS) float32, or None
+    scales,  # (N, 3) float32, or None
+    known,
+    known_noise,
+    mask,  # (1 or N, mask_count) float32, or None
     new_x,  # as x
     new_history,  # (N, count) float32, or None; so is new_anchor
     new_anchor,
-    model_input,  # as model_output, or None
+    model_input,  # (COPIES * N, count), or None
     samples,
     count,
-    inner,  # C where model_output is channels-last, else 1
+    output_count,  # count, or 2 * count where VARIED: the second half is the variance
+    inner,  # the channels of model_output where it is channels-last, else 1
+    mask_count,
+    mask_stride,  # from one sample's mask to the next, or 0
     row,
     rows,
-    GUIDED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VARIED: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(count, BLOCK)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     begin = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     element = begin + tl.arange(0, BLOCK)
-    mask = element < count
+    inside = element < count
     offset = sample * count + element
-    second = samples.to(tl.int64) * count  # from one half of the guided batch to the other
+    batch = tl.to_tensor(samples).to(tl.int64)
 
     index = row.to(tl.int64)
     if counter is not None:
@@ -144,41 +106,60 @@ def sampler_step_kernel(
     uses_d = is_used(cx, ch, ca, D)
     uses_x = is_used(cx, ch, ca, X) | (uses_d & (ax != 0.0))
     uses_m = is_used(cx, ch, ca, M) | (uses_d & (am != 0.0))
+    uses_z = is_used(cx, ch, ca, NOISE)
     state = load_input(x, offset, uses_x, element, count, BLOCK)
     if inner == 1:
-        at = offset
+        at = sample * output_count + element
+        variance_at = at + count
     else:
-        spatial = count // inner
-        at = sample * count + element % spatial * inner + element // spatial
+        spatial = output_count // inner
+        at = sample * output_count + element % spatial * inner + element // spatial
+        variance_at = at + inner // 2
     m = load_input(model_output, at, uses_m, element, count, BLOCK)
-    if GUIDED:
-        conditional = load_input(model_output, at + second, uses_m, element, count, BLOCK)
+    if weights is not None:
+        m = weighted(
+            m, model_output, at, batch * output_count, weights + sample * GROUPS, uses_m, element, count, GROUPS, BLOCK
+        )
+    elif GROUPS == 2:
+        conditional = load_input(model_output, at + batch * output_count, uses_m, element, count, BLOCK)
         m += coefficient(at_row, valid, GUIDANCE) * (conditional - m)
     a = load_input(anchor, offset, is_used(cx, ch, ca, ANCHOR), element, count, BLOCK)
     h1 = load_input(hist1, offset, is_used(cx, ch, ca, HIST1), element, count, BLOCK)
     h2 = load_input(hist2, offset, is_used(cx, ch, ca, HIST2), element, count, BLOCK)
     h3 = load_input(hist3, offset, is_used(cx, ch, ca, HIST3), element, count, BLOCK)
-    if seeds is None:
-        z = load_input(noise, offset, is_used(cx, ch, ca, NOISE), element, count, BLOCK)
-    else:
-        z = draw_input(seeds + sample, begin, index, is_used(cx, ch, ca, NOISE), BLOCK)
+    z = load_noise(noise, seeds, sample, begin, index, STREAM_STEP, offset, uses_z, element, count, BLOCK)
+    z *= per_sample(scales, sample, 2, 1.0)
+    spread = coefficient(at_row, valid, VARIANCE)
+    v = tl.full((BLOCK,), float("nan"), tl.float32)
+    if VARIED:
+        variance_at += (GROUPS - 1) * batch * output_count
+        v = load_input(model_output, variance_at, uses_z & (spread != 0.0), element, count, BLOCK)
+    z = tl.where(spread != 0.0, z * tl.exp(spread * v), z)
 
-    clip = coefficient(at_row, valid, CLIP)
+    bound = per_sample(scales, sample, 0, coefficient(at_row, valid, CLIP))
     d = term(ax, state) + term(am, m)
-    d = tl.where(d > clip, clip, d)  # NaN stays NaN
-    d = tl.where(d < -clip, -clip, d)
+    d = tl.where(d > bound, bound, d)  # NaN stays NaN
+    d = tl.where(d < -bound, -bound, d) * per_sample(scales, sample, 1, 1.0)
 
     if new_history is not None:
-        tl.store(new_history + offset, combination(ch, state, m, d, a, h1, h2, h3, z), mask=mask)
+        tl.store(new_history + offset, combination(ch, state, m, d, a, h1, h2, h3, z), mask=inside)
     if new_anchor is not None:
-        tl.store(new_anchor + offset, combination(ca, state, m, d, a, h1, h2, h3, z), mask=mask)
+        tl.store(new_anchor + offset, combination(ca, state, m, d, a, h1, h2, h3, z), mask=inside)
     next_x = combination(cx, state, m, d, a, h1, h2, h3, z)
-    tl.store(new_x + offset, next_x.to(new_x.dtype.element_ty), mask=mask)
+    if mask is not None:
+        signal = coefficient(at_row, valid, KNOWN)
+        spread = coefficient(at_row, valid, KNOWN + 1)
+        image = load_input(known, offset, signal != 0.0, element, count, BLOCK)
+        z = load_noise(
+            known_noise, seeds, sample, begin, 0, STREAM_INITIAL, offset, spread != 0.0, element, count, BLOCK
+        )
+        share = tl.load(mask + sample * mask_stride + element % mask_count, mask=inside, other=1.0)
+        next_x = blend(share, next_x, term(signal, image) + term(spread, z))
+    tl.store(new_x + offset, next_x.to(new_x.dtype.element_ty), mask=inside)
     if model_input is not None:
         next_input = (coefficient(at_row, valid, INPUT_SCALE) * next_x).to(model_input.dtype.element_ty)
-        tl.store(model_input + offset, next_input, mask=mask)
-        if GUIDED:
-            tl.store(model_input + second + offset, next_input, mask=mask)
+        for copy in tl.static_range(COPIES):
+            tl.store(model_input + copy * batch * count + offset, next_input, mask=inside)
 
 
 def run(
@@ -193,17 +174,26 @@ def run(
     hist3: Tensor | None,
     noise: Tensor | None,
     seeds: Tensor | None,
+    weights: Tensor | None,
+    scales: Tensor | None,
+    known: Tensor | None,
+    known_noise: Tensor | None,
+    mask: Tensor | None,
     new_history: bool,
     new_anchor: bool,
+    copies: int | None,
     model_input: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The registered operator's arguments; launches on the current stream of x's device."""
     m = dense(model_output)
+    samples, count, groups = x.shape[0], x.numel() // x.shape[0], m.shape[0] // x.shape[0]
+    output_count, copies = m.numel() // m.shape[0], copies or groups
+    input_shape = (0,) if model_input is None else (copies * samples, *x.shape[1:])
     next_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     history = x.new_empty(x.shape if new_history else (0,), dtype=torch.float32)
     next_anchor = x.new_empty(x.shape if new_anchor else (0,), dtype=torch.float32)
-    next_input = x.new_empty((0,) if model_input is None else m.shape, dtype=model_input or x.dtype)
-    samples, count = x.shape[0], x.numel() // x.shape[0]
+    next_input = x.new_empty(input_shape, dtype=model_input or x.dtype)
+    mask_count = 1 if mask is None else mask.numel() // mask.shape[0]
     block = BLOCK if inner(m) == 1 else STRIDED_BLOCK
     with torch.cuda.device_of(x):
         grid = (samples * triton.cdiv(count, block),)
@@ -216,18 +206,28 @@ def run(
             hist1,
             hist2,
             hist3,
-            noise if noise is None else noise.contiguous(),
-            seeds if noise is None else None,
+            contiguous(noise),
+            seeds,
+            weights,
+            scales,
+            contiguous(known),
+            contiguous(known_noise),
+            contiguous(mask),
             next_x,
             history if new_history else None,
             next_anchor if new_anchor else None,
             next_input if model_input is not None else None,
             samples,
             count,
+            output_count,
             inner(m),
+            mask_count,
+            mask_count if mask is not None and mask.shape[0] > 1 else 0,
             row,
             table.shape[0],
-            GUIDED=m.shape[0] != samples,
+            GROUPS=groups,
+            VARIED=output_count != count,
+            COPIES=copies,
             BLOCK=block,
             num_warps=4,
         )

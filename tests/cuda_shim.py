@@ -129,8 +129,14 @@ class Launchers:
         hist3: Tensor | None,
         noise: Tensor | None,
         seeds: Tensor | None,
+        weights: Tensor | None,
+        scales: Tensor | None,
+        known: Tensor | None,
+        known_noise: Tensor | None,
+        mask: Tensor | None,
         new_history: bool,
         new_anchor: bool,
+        copies: int | None,
         model_input: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         floats = torch.empty(x.shape, device="meta")

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "convert.h"
+#include "exponential.h"
 #include "normals.h"
 #include "ops.h"
 #include "parallel.h"
@@ -24,6 +25,7 @@ struct Plan {
   uint32_t index;                // of the row, which is the noise's step
   const float* combinations[3];  // the coefficients of x', history', anchor'; nullptr where not asked for
   bool needs[row::INPUTS];
+  bool varied;  // the noise is multiplied by a factor of the variance channels
 };
 
 Plan make_plan(const StepArgs& args) {
@@ -40,6 +42,7 @@ Plan make_plan(const StepArgs& args) {
     plan.needs[row::X] |= plan.row[row::PREDICTION] != 0.0f;
     plan.needs[row::M] |= plan.row[row::PREDICTION + 1] != 0.0f;
   }
+  plan.varied = plan.needs[row::NOISE] && plan.row[row::VARIANCE] != 0.0f;
   return plan;
 }
 
@@ -49,6 +52,8 @@ const char* missing_input(const StepArgs& args, const Plan& plan) {
   if (plan.needs[row::HIST2] && !args.hist2) return "hist2";
   if (plan.needs[row::HIST3] && !args.hist3) return "hist3";
   if (plan.needs[row::NOISE] && !args.noise && !args.seeds) return "noise";
+  if (plan.varied && args.output_count == args.count) return "variance";
+  if (args.mask && plan.row[row::KNOWN + 1] != 0.0f && !args.known_noise && !args.seeds) return "known_noise";
   return nullptr;
 }
 
@@ -99,6 +104,10 @@ void guide(const float* from, const float* to, float guidance, float* __restrict
   for (int64_t i = 0; i < count; ++i) out[i] = from[i] + guidance * (to[i] - from[i]);
 }
 
+void add_difference(const float* from, const float* to, float weight, float* __restrict total, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) total[i] += weight * (to[i] - from[i]);
+}
+
 void scale(const float* from, float factor, float* __restrict out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = factor * from[i];
 }
@@ -111,11 +120,33 @@ void clamp(float* values, float limit, int64_t count) {
   }
 }
 
+void multiply(float* values, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= factor;
+}
+
+void multiply_exponential(const float* from, float factor, float* __restrict values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= exponential(factor * from[i]);
+}
+
+bool all_ones(const float* mask, int64_t count) {
+  int32_t others = 0;
+  for (int64_t i = 0; i < count; ++i) others |= mask[i] != 1.0f;
+  return others == 0;
+}
+
+// Where the mask is 1 or 0 the one that does not count may be NaN.
+void blend(const float* mask, const float* kept, float* __restrict made, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float mixed = mask[i] * made[i] + (1.0f - mask[i]) * kept[i];
+    made[i] = mask[i] == 1.0f ? made[i] : mask[i] == 0.0f ? kept[i] : mixed;
+  }
+}
+
 // Elements [begin, begin + count) of a sample of the model output, in the logical order.
 const float* model_output(const StepArgs& args, int64_t sample, int64_t begin, int64_t count, float* buffer) {
-  const int64_t inner = args.model_output_inner, offset = sample * args.count;
+  const int64_t inner = args.output_inner, offset = sample * args.output_count;
   if (inner == 1) return view(args.model_output, offset + begin, buffer, count);
-  const int64_t spatial = args.count / inner;
+  const int64_t spatial = args.output_count / inner;
   int64_t channel = begin / spatial, position = begin % spatial;
   for (int64_t done = 0; done < count; ++channel, position = 0) {
     const int64_t run = std::min(count - done, spatial - position);
@@ -127,35 +158,94 @@ const float* model_output(const StepArgs& args, int64_t sample, int64_t begin, i
   return buffer;
 }
 
+// m: the groups of the model output together, in `out` unless there is but one.
+const float* guided(const StepArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t count,
+                    float* buffer, float* out) {
+  alignas(64) float other[BLOCK];
+  const float* base = model_output(args, sample, begin, count, buffer);
+  const auto group = [&](int64_t k) { return model_output(args, k * args.samples + sample, begin, count, other); };
+  if (!args.weights) {
+    if (args.groups == 1) return base;
+    guide(base, group(1), plan.row[row::GUIDANCE], out, count);
+    return out;
+  }
+  const float* weights = args.weights + sample * args.groups;
+  combine(&base, weights, 1, out, count);
+  for (int64_t k = 1; k < args.groups; ++k) {
+    if (weights[k] != 0.0f) add_difference(base, group(k), weights[k], out, count);
+  }
+  return out;
+}
+
+// The noise with the factors of the sample and of the variance channels, in `out` if there are any.
+const float* scaled_noise(const StepArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t count,
+                          float* buffer, float* out) {
+  const float* z =
+      args.noise ? view(args.noise, sample * args.count + begin, buffer, count)
+                 : draw(static_cast<uint64_t>(args.seeds[sample]), begin, count, plan.index, row::STREAM_STEP, buffer);
+  if (!args.scales && !plan.varied) return z;
+  scale(z, args.scales ? args.scales[3 * sample + 2] : 1.0f, out, count);
+  if (plan.varied) {
+    alignas(64) float channels[BLOCK];
+    const int64_t group = (args.groups - 1) * args.samples;
+    const float* v = model_output(args, group + sample, args.count + begin, count, channels);
+    multiply_exponential(v, plan.row[row::VARIANCE], out, count);
+  }
+  return out;
+}
+
+// Elements [begin, begin + count) of a sample's mask.
+const float* mask_of(const StepArgs& args, int64_t sample, int64_t begin, int64_t count, float* buffer) {
+  const float* mask = args.mask + sample * args.mask_stride;
+  int64_t position = begin % args.mask_count;
+  if (position + count <= args.mask_count) return mask + position;
+  for (int64_t done = 0; done < count; position = 0) {
+    const int64_t run = std::min(count - done, args.mask_count - position);
+    std::copy_n(mask + position, run, buffer + done);
+    done += run;
+  }
+  return buffer;
+}
+
+// Puts the kept image where the mask is not 1. Away from the function that calls it, whose buffers fill the cache.
+__attribute__((noinline)) void blend_block(const StepArgs& args, const Plan& plan, int64_t sample, int64_t begin,
+                                           int64_t count, float* next_x) {
+  alignas(64) float copied[BLOCK], image[BLOCK], kept[BLOCK], noise[normals_room(BLOCK)];
+  const float* mask = mask_of(args, sample, begin, count, copied);
+  if (all_ones(mask, count)) return;
+  const float* coefficients = plan.row + row::KNOWN;
+  const int64_t offset = sample * args.count + begin;
+  const float* inputs[2] = {};
+  if (coefficients[0] != 0.0f) inputs[0] = view(args.known, offset, image, count);
+  if (coefficients[1] != 0.0f) {
+    inputs[1] = args.known_noise
+                    ? view(args.known_noise, offset, noise, count)
+                    : draw(static_cast<uint64_t>(args.seeds[sample]), begin, count, 0, row::STREAM_INITIAL, noise);
+  }
+  combine(inputs, coefficients, 2, kept, count);
+  blend(mask, kept, next_x, count);
+}
+
 void step_block(const StepArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t count) {
-  alignas(64) float x[BLOCK], m[BLOCK], conditional[BLOCK], guided[BLOCK], prediction[BLOCK];
-  alignas(64) float noise[normals_room(BLOCK)], out[BLOCK], scaled[BLOCK];
+  alignas(64) float x[BLOCK], m[BLOCK], together[BLOCK], prediction[BLOCK];
+  alignas(64) float noise[normals_room(BLOCK)], factored[BLOCK], out[BLOCK], scaled[BLOCK];
   const int64_t offset = sample * args.count + begin;
   const float* inputs[row::INPUTS] = {};
 
   if (plan.needs[row::X]) inputs[row::X] = view(args.x, offset, x, count);
-  if (plan.needs[row::M]) {
-    inputs[row::M] = model_output(args, sample, begin, count, m);
-    if (args.guided) {
-      const float* to = model_output(args, args.samples + sample, begin, count, conditional);
-      guide(inputs[row::M], to, plan.row[row::GUIDANCE], guided, count);
-      inputs[row::M] = guided;
-    }
-  }
+  if (plan.needs[row::M]) inputs[row::M] = guided(args, plan, sample, begin, count, m, together);
   if (plan.needs[row::D]) {
     combine(inputs, plan.row + row::PREDICTION, 2, prediction, count);
-    if (plan.row[row::CLIP] < INFINITY) clamp(prediction, plan.row[row::CLIP], count);
+    const float bound = args.scales ? args.scales[3 * sample] : plan.row[row::CLIP];
+    if (bound < INFINITY) clamp(prediction, bound, count);
+    if (args.scales) multiply(prediction, args.scales[3 * sample + 1], count);
     inputs[row::D] = prediction;
   }
   const Array* stored[] = {&args.anchor, &args.hist1, &args.hist2, &args.hist3};
   for (int i = 0; i < 4; ++i) {
     if (plan.needs[row::ANCHOR + i]) inputs[row::ANCHOR + i] = static_cast<const float*>(stored[i]->data) + offset;
   }
-  if (plan.needs[row::NOISE]) {
-    inputs[row::NOISE] =
-        args.noise ? view(args.noise, offset, noise, count)
-                   : draw(static_cast<uint64_t>(args.seeds[sample]), begin, count, plan.index, row::STREAM_STEP, noise);
-  }
+  if (plan.needs[row::NOISE]) inputs[row::NOISE] = scaled_noise(args, plan, sample, begin, count, noise, factored);
 
   const Array* outputs[] = {&args.new_x, &args.new_history, &args.new_anchor};
   for (int i = 2; i >= 0; --i) {  // x' last: the model input is made from it
@@ -163,11 +253,13 @@ void step_block(const StepArgs& args, const Plan& plan, int64_t sample, int64_t 
     const bool direct = outputs[i]->type == Type::F32;
     float* target = direct ? static_cast<float*>(outputs[i]->data) + offset : out;
     combine(inputs, plan.combinations[i], row::INPUTS, target, count);
+    if (i == 0 && args.mask) blend_block(args, plan, sample, begin, count, target);
     if (!direct) store(out, *outputs[i], offset, count);
     if (i == 0 && args.model_input) {
       scale(target, plan.row[row::INPUT_SCALE], scaled, count);
-      store(scaled, args.model_input, offset, count);
-      if (args.guided) store(scaled, args.model_input, args.samples * args.count + offset, count);
+      for (int64_t copy = 0; copy < args.copies; ++copy) {
+        store(scaled, args.model_input, copy * args.samples * args.count + offset, count);
+      }
     }
   }
 }
@@ -178,7 +270,8 @@ const char* sampler_step(const StepArgs& args) {
   const Plan plan = make_plan(args);
   if (const char* missing = missing_input(args, plan)) return missing;
   const int64_t blocks = (args.count + BLOCK - 1) / BLOCK, total = args.samples * args.count;
-  const bool draws = plan.needs[row::NOISE] && !args.noise;
+  const bool draws_kept = args.mask && plan.row[row::KNOWN + 1] != 0.0f && !args.known_noise;
+  const bool draws = draws_kept || (plan.needs[row::NOISE] && !args.noise);
   const int threads = total < (draws ? PARALLEL_DRAWN : PARALLEL) ? 1 : args.threads;
   parallel_for(args.samples * blocks, threads, [&](int64_t task) {
     const int64_t sample = task / blocks, begin = task % blocks * BLOCK;

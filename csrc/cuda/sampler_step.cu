@@ -102,17 +102,17 @@ __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, in
   const bool needs_d = step.needs(row::D);
   const bool needs_x = step.needs(row::X) || (needs_d && ax != 0.0f);
   const bool needs_m = step.needs(row::M) || (needs_d && am != 0.0f);
-  const bool planar = args.model_output_inner == 1;
+  const bool planar = args.output_inner == 1;
   Raw x{}, m{}, conditional{}, anchor{}, hist1{}, hist2{}, hist3{}, noise{};
   if (needs_x) x = load_eight<kVector>(args.x, at.index, at.valid);
   const auto load_m = [&](int64_t sample) {
     const int64_t base = sample * args.count;
     return planar ? load_eight<kVector>(args.model_output, base + at.element, at.valid)
-                  : gather(args.model_output, at, base, args.count, args.model_output_inner);
+                  : gather(args.model_output, at, base, args.count, args.output_inner);
   };
   if (needs_m) {
     m = load_m(at.sample);
-    if (args.guided) conditional = load_m(args.samples + at.sample);
+    if (args.groups > 1) conditional = load_m(args.samples + at.sample);
   }
   const auto load = [&](Raw& raw, row::Input input, const Array& array) {
     if (step.needs(input) && array.data) raw = load_eight<kVector>(array, at.index, at.valid);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, in
   with_type(kVector ? m_type : Type::F32, [&](auto t) {
     using T = decltype(t);
     decode<T>(m, output);
-    if (args.guided) {
+    if (args.groups > 1) {
       decode<T>(conditional, values);
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) output[j] += guidance * (values[j] - output[j]);
@@ -173,8 +173,9 @@ __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, in
   if (args.model_input.data) {
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) values[j] = input_scale * totals.x[j];
-    store_eight<kVector>(args.model_input, at.index, at.valid, values);
-    if (args.guided) store_eight<kVector>(args.model_input, at.index + args.samples * args.count, at.valid, values);
+    for (int64_t copy = 0; copy < args.copies; ++copy) {
+      store_eight<kVector>(args.model_input, at.index + copy * args.samples * args.count, at.valid, values);
+    }
   }
 }
 

@@ -83,7 +83,7 @@ def sampler_step(
                 f"{name}: anchor or history has shape {tuple(value.shape)} on {value.device}; "
                 f"expected contiguous {tuple(shape)} on {device}"
             )
-        if value.dtype not in (torch.float32, torch.float64):
+        if value.dtype != torch.float32 and not value.dtype == x.dtype == torch.float64:
             raise InputError(f"{name}: anchor or history is {value.dtype}; expected float32")
     if noise is not None:
         _like_state("noise", noise, x)
@@ -145,6 +145,8 @@ def _step_known(x: Tensor, known: Tensor | None, known_noise: Tensor | None, mas
 def _like_state(argument: str, value: Tensor, x: Tensor) -> None:
     """A floating tensor of x's shape and device."""
     _floating("sampler_step", argument, value)
+    if value.dtype == torch.float64 and x.dtype != torch.float64:
+        raise InputError(f"sampler_step: {argument} is float64, x is {x.dtype}; convert one of them")
     _shape("sampler_step", argument, value, x.shape)
     _same_device("sampler_step", x, **{argument: value})
 

@@ -42,8 +42,10 @@ def arguments(
         **{name: floats[name] for name in GIVEN[:4]},
         "noise": floats["noise"].to(dtype),
         "seeds": None,
+        **dict.fromkeys(("weights", "scales", "known", "known_noise", "mask")),
         "new_history": True,
         "new_anchor": True,
+        "copies": None,
         "model_input": dtype,
     }
 

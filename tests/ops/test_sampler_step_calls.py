@@ -12,7 +12,8 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.errors import InputError
 
-OPTIONAL = ("counter", "anchor", "hist1", "hist2", "hist3", "noise", "seeds")
+OPTIONAL = ("counter", "anchor", "hist1", "hist2", "hist3", "noise", "seeds", "weights", "scales")
+OPTIONAL += ("known", "known_noise", "mask")
 
 
 @pytest.mark.parametrize("name", ["ddim", "everything"])
@@ -21,7 +22,7 @@ def test_opcheck(name: str, guided: bool) -> None:
     given = arguments(ROWS[name], (2, 3, 4, 5), guided=guided, model="bfloat16", layout="channels_last")
     given |= {f"hist{i + 1}": h for i, h in enumerate(given["history"])}
     flat = [given[key] for key in ("x", "model_output", "table", "row")] + [given.get(key) for key in OPTIONAL]
-    flat += [given["new_history"], given["new_anchor"], given["model_input"] if guided else None]
+    flat += [given["new_history"], given["new_anchor"], None, given["model_input"] if guided else None]
     torch.library.opcheck(torch.ops.fastdiff.sampler_step.default, tuple(flat))
 
 

@@ -21,8 +21,9 @@ int shim_sampler_step(const int64_t* sizes, const Tensor* t, const int64_t* seed
   StepArgs args{};
   args.samples = sizes[0];
   args.count = sizes[1];
-  args.model_output_inner = sizes[2];
-  args.guided = sizes[3] != 0;
+  args.output_inner = sizes[2];
+  args.groups = args.copies = sizes[3] != 0 ? 2 : 1;
+  args.output_count = args.count;
   args.row = sizes[4];
   args.rows = sizes[5];
   args.x = t[0].array();
