@@ -68,7 +68,7 @@ def build(case: Case, device: torch.device) -> Work:
     def specified(x: Tensor, m: Tensor) -> Tensor:
         older = (*state.history, None) if uses_history else (None, None, None)
         anchor = state.last if uses_anchor else None
-        return reference.sampler_step(x, m, table, 0, None, anchor, *older, None, None, False, False, None)[0]
+        return reference.sampler_step(x, m, table, 0, None, anchor, *older, *(None,) * 7, False, False, None, None)[0]
 
     read = [state.x, state.m, *(state.history if uses_history else ()), *([state.last] if uses_anchor else ())]
     written = [state.x, *([state.last] if uses_history else ()), *([state.last] if uses_anchor else ())]

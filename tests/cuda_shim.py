@@ -140,7 +140,9 @@ class Launchers:
         model_input: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         floats = torch.empty(x.shape, device="meta")
-        inputs = torch.empty(model_output.shape, dtype=model_input, device="meta")
+        groups = len(model_output) // len(x)
+        copies = copies or groups
+        inputs = torch.empty(copies * len(x), *x.shape[1:], dtype=model_input, device="meta")
         outputs = (
             self._output(torch.empty(x.shape, dtype=x.dtype, device="meta")),
             self._output(floats) if new_history else None,
@@ -148,9 +150,12 @@ class Launchers:
             self._output(inputs) if model_input else None,
         )
         inner = 1 if model_output.is_contiguous() else model_output.shape[1]
-        sizes = [x.shape[0], x[0].numel(), inner, len(model_output) != len(x), row, len(table)]
-        arrays = [x, model_output, noise, anchor, hist1, hist2, hist3, *outputs]
-        self._call("shim_sampler_step", sizes, arrays, _pointer(seeds), _pointer(table), _pointer(counter))
+        period = 1 if mask is None else mask[0].numel()
+        stride = period if mask is not None and len(mask) > 1 else 0
+        sizes = [len(x), x[0].numel(), groups, model_output[0].numel(), inner, copies, row, len(table), stride, period]
+        arrays = [x, model_output, noise, anchor, hist1, hist2, hist3, *outputs, known, known_noise]
+        pointers = (_pointer(value) for value in (seeds, table, counter, weights, scales, mask))
+        self._call("shim_sampler_step", sizes, arrays, *pointers)
         return outputs
 
     def _output(self, like: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ static inline float power_of_two(int32_t power) {
   return result;
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; 2^n times the Taylor polynomial of e^r, relative error below 2e-7. NaN stays NaN.
+// With x = n ln 2 + r and |r| <= ln 2 / 2: 2^n times the Taylor polynomial of e^r. Relative error below 2e-7; NaN
+// stays.
 static inline float exponential(float x) {
   constexpr float INTEGERS = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float capped = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;
@@ -31,7 +32,7 @@ static inline float exponential(float x) {
   p = p * r + 1.0f;
   int32_t power;
   memcpy(&power, &shifted, 4);
-  power -= 0x4B400000;  // the bits of INTEGERS
+  power -= 0x4B400000;              // the bits of INTEGERS
   const int32_t half = power >> 1;  // 2^n itself can be out of range
   return p * power_of_two(half) * power_of_two(power - half);
 }

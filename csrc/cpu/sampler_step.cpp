@@ -159,8 +159,8 @@ const float* model_output(const StepArgs& args, int64_t sample, int64_t begin, i
 }
 
 // m: the groups of the model output together, in `out` unless there is but one.
-const float* guided(const StepArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t count,
-                    float* buffer, float* out) {
+const float* guided(const StepArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t count, float* buffer,
+                    float* out) {
   alignas(64) float other[BLOCK];
   const float* base = model_output(args, sample, begin, count, buffer);
   const auto group = [&](int64_t k) { return model_output(args, k * args.samples + sample, begin, count, other); };

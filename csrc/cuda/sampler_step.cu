@@ -5,6 +5,7 @@
 // and out) 2.9 us; 8x16x512x512 DDIM 125 us.
 #include "launch.cuh"
 #include "noise.cuh"
+#include "step_output.cuh"
 #include "step_row.h"
 
 namespace fastdiff::cuda {
@@ -29,24 +30,6 @@ __device__ __forceinline__ Block load_block(const float* from, bool wanted) {
     for (int i = 0; i < row::INPUTS; ++i) block.values[i] = __ldg(from + i);
   }
   return block;
-}
-
-// The logical elements of a channels-last array, one by one.
-__device__ __forceinline__ Raw gather(const Array& array, const Chunk& at, int64_t base, int64_t count, int64_t inner) {
-  const int64_t outer = count / inner;
-  const int64_t channel = at.element / outer, first = at.element - channel * outer;
-  float values[WIDTH];
-  with_type(array.type, [&](auto t) {
-    const auto* from = static_cast<const decltype(t)*>(array.data) + base;
-    int64_t index = first * inner + channel, position = first;
-#pragma unroll
-    for (int j = 0; j < WIDTH; ++j) {
-      values[j] = j < at.valid ? to_float(from[index]) : 0.0f;
-      index += inner;
-      if (++position == outer) position = 0, index += 1 - count;
-    }
-  });
-  return encode<float>(values);
 }
 
 struct Step {
@@ -83,7 +66,61 @@ __device__ __forceinline__ float clamp(float value, float bound) {
   return value < -bound ? -bound : value > bound ? bound : value;
 }
 
+__device__ __forceinline__ void multiply(float (&values)[WIDTH], float factor) {
+#pragma unroll
+  for (int j = 0; j < WIDTH; ++j) values[j] *= factor;
+}
+
+// The mask of eight elements. kVector: its period is a multiple of eight.
 template <bool kVector>
+__device__ __forceinline__ void load_mask(const StepArgs& args, const Chunk& at, float (&share)[WIDTH]) {
+  const float* mask = args.mask + at.sample * args.mask_stride;
+  int64_t position = at.element - quotient(at.element, args.mask_count) * args.mask_count;
+  if constexpr (kVector) {
+    decode<float>(load_raw(mask + position), share);
+  } else {
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) {
+      share[j] = __ldg(mask + position);
+      if (++position == args.mask_count) position = 0;
+    }
+  }
+}
+
+// x' = mask * x' + (1 - mask) * kept; where the mask is 1 or 0 the one that does not count may be NaN.
+template <bool kVector>
+__device__ __forceinline__ void blend(const StepArgs& args, const Chunk& at, const float* c, float (&next_x)[WIDTH]) {
+  float share[WIDTH], kept[WIDTH], values[WIDTH];
+  load_mask<kVector>(args, at, share);
+  bool made = true;
+#pragma unroll
+  for (int j = 0; j < WIDTH; ++j) made = made && share[j] == 1.0f;
+  if (made) return;
+
+  const float signal = __ldg(c + row::KNOWN), spread = __ldg(c + row::KNOWN + 1);
+  fill(kept, 0.0f);
+  if (signal != 0.0f) {
+    decode_eight<kVector>(load_eight<kVector>(args.known, at.index, at.valid), args.known.type, values);
+    Totals::add_to(kept, signal, values);
+  }
+  if (spread != 0.0f) {
+    fill(values, MISSING);
+    if (args.known_noise.data) {
+      decode_eight<kVector>(load_eight<kVector>(args.known_noise, at.index, at.valid), args.known_noise.type, values);
+    } else if (args.seeds) {
+      draw_eight(args.seeds[at.sample], at.element, 0, row::STREAM_INITIAL, values);
+    }
+    Totals::add_to(kept, spread, values);
+  }
+#pragma unroll
+  for (int j = 0; j < WIDTH; ++j) {
+    const float mixed = share[j] * next_x[j] + (1.0f - share[j]) * kept[j];
+    next_x[j] = share[j] == 1.0f ? next_x[j] : share[j] == 0.0f ? kept[j] : mixed;
+  }
+}
+
+// kMore: with weights, scales, variance channels or a mask.
+template <bool kVector, bool kMore>
 __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, int64_t per_sample) {
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (chunk >= args.samples * per_sample) return;
@@ -97,23 +134,22 @@ __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, in
   step.history = load_block<kVector>(c + row::NEW_HISTORY, args.new_history.data != nullptr);
   step.anchor = load_block<kVector>(c + row::NEW_ANCHOR, args.new_anchor.data != nullptr);
   const float guidance = __ldg(c + row::GUIDANCE), ax = __ldg(c + row::PREDICTION), am = __ldg(c + row::PREDICTION + 1);
-  const float bound = __ldg(c + row::CLIP), input_scale = __ldg(c + row::INPUT_SCALE);
+  const float spread = __ldg(c + row::VARIANCE), input_scale = __ldg(c + row::INPUT_SCALE);
+  const float* scales = kMore && args.scales ? args.scales + 3 * at.sample : nullptr;
+  const float bound = __ldg(scales ? scales : c + row::CLIP);
 
   const bool needs_d = step.needs(row::D);
   const bool needs_x = step.needs(row::X) || (needs_d && ax != 0.0f);
   const bool needs_m = step.needs(row::M) || (needs_d && am != 0.0f);
-  const bool planar = args.output_inner == 1;
-  Raw x{}, m{}, conditional{}, anchor{}, hist1{}, hist2{}, hist3{}, noise{};
+  const bool varied = kMore && args.output_count != args.count && step.needs(row::NOISE) && spread != 0.0f;
+  Raw x{}, m{}, conditional{}, variance{}, anchor{}, hist1{}, hist2{}, hist3{}, noise{};
   if (needs_x) x = load_eight<kVector>(args.x, at.index, at.valid);
-  const auto load_m = [&](int64_t sample) {
-    const int64_t base = sample * args.count;
-    return planar ? load_eight<kVector>(args.model_output, base + at.element, at.valid)
-                  : gather(args.model_output, at, base, args.count, args.output_inner);
-  };
+  const bool guided = args.groups > 1 && !(kMore && args.weights);
   if (needs_m) {
-    m = load_m(at.sample);
-    if (args.groups > 1) conditional = load_m(args.samples + at.sample);
+    m = load_output<kVector>(args, at, 0, at.element);
+    if (guided) conditional = load_output<kVector>(args, at, 1, at.element);
   }
+  if (varied) variance = load_output<kVector>(args, at, args.groups - 1, args.count + at.element);
   const auto load = [&](Raw& raw, row::Input input, const Array& array) {
     if (step.needs(input) && array.data) raw = load_eight<kVector>(array, at.index, at.valid);
   };
@@ -130,16 +166,13 @@ __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, in
   float state[WIDTH], output[WIDTH], values[WIDTH];
   decode_eight<kVector>(x, args.x.type, state);
   totals.add(step, row::X, state);
-  const Type m_type = planar ? args.model_output.type : Type::F32;
-  with_type(kVector ? m_type : Type::F32, [&](auto t) {
-    using T = decltype(t);
-    decode<T>(m, output);
-    if (args.groups > 1) {
-      decode<T>(conditional, values);
-#pragma unroll
-      for (int j = 0; j < WIDTH; ++j) output[j] += guidance * (values[j] - output[j]);
-    }
-  });
+  decode_output<kVector>(args, m, output);
+  if (guided) {
+    decode_output<kVector>(args, conditional, values);
+    add_difference(output, guidance, values, output);
+  } else if (kMore && needs_m && args.weights) {
+    weigh<kVector>(args, at, output);
+  }
   totals.add(step, row::M, output);
   if (needs_d) {
 #pragma unroll
@@ -149,6 +182,7 @@ __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, in
       if (am != 0.0f) values[j] += am * output[j];
       values[j] = clamp(values[j], bound);
     }
+    if (scales) multiply(values, __ldg(scales + 1));
     totals.add(step, row::D, values);
   }
   const auto add = [&](const Raw& raw, row::Input input, const Array& array) {
@@ -159,6 +193,14 @@ __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, in
     } else if (input == row::NOISE && args.seeds) {
       draw_eight(args.seeds[at.sample], at.element, static_cast<uint32_t>(index), row::STREAM_STEP, values);
     }
+    if (input == row::NOISE && scales) multiply(values, __ldg(scales + 2));
+    if (input == row::NOISE && spread != 0.0f) {
+      float v[WIDTH];
+      fill(v, MISSING);
+      if (varied) decode_output<kVector>(args, variance, v);
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j) values[j] *= expf(spread * v[j]);
+    }
     totals.add(step, input, values);
   };
   add(anchor, row::ANCHOR, args.anchor);
@@ -167,6 +209,9 @@ __global__ void __launch_bounds__(THREADS) sampler_step_kernel(StepArgs args, in
   add(hist3, row::HIST3, args.hist3);
   add(noise, row::NOISE, args.noise);
 
+  if constexpr (kMore) {
+    if (args.mask) blend<kVector>(args, at, c, totals.x);
+  }
   store_eight<kVector>(args.new_x, at.index, at.valid, totals.x);
   if (args.new_history.data) store_eight<kVector>(args.new_history, at.index, at.valid, totals.history);
   if (args.new_anchor.data) store_eight<kVector>(args.new_anchor, at.index, at.valid, totals.anchor);
@@ -185,11 +230,16 @@ int sampler_step(const StepArgs& args, void* stream) {
   const int64_t per_sample = chunks_per_sample(args.count);
   const int64_t blocks = (args.samples * per_sample + THREADS - 1) / THREADS;
   bool vector = args.count % WIDTH == 0 && aligned(args.table);
-  for (const Array& array : {args.x, args.model_output, args.noise, args.anchor, args.hist1, args.hist2, args.hist3,
-                             args.new_x, args.new_history, args.new_anchor, args.model_input}) {
+  for (const Array& array :
+       {args.x, args.model_output, args.noise, args.anchor, args.hist1, args.hist2, args.hist3, args.new_x,
+        args.new_history, args.new_anchor, args.model_input, args.known, args.known_noise}) {
     vector = vector && aligned(array.data);
   }
-  const auto kernel = vector ? sampler_step_kernel<true> : sampler_step_kernel<false>;
+  if (args.mask) vector = vector && args.mask_count % WIDTH == 0 && aligned(args.mask);
+  const bool more = args.weights || args.scales || args.mask || args.output_count != args.count;
+  const auto kernel = vector ? more ? sampler_step_kernel<true, true> : sampler_step_kernel<true, false>
+                      : more ? sampler_step_kernel<false, true>
+                             : sampler_step_kernel<false, false>;
   return launch(kernel, blocks, THREADS, 0, 1, stream, args, per_sample);
 }
 

@@ -193,13 +193,14 @@ struct Chunk {
 
 inline int64_t chunks_per_sample(int64_t count) { return (count + WIDTH - 1) / WIDTH; }
 
+// A 32-bit division is many times faster.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
 __device__ __forceinline__ Chunk chunk_at(int64_t chunk, int64_t per_sample, int64_t count) {
   Chunk at;
-  if ((chunk | per_sample) >> 32 == 0) {  // a 32-bit division is many times faster
-    at.sample = static_cast<uint32_t>(chunk) / static_cast<uint32_t>(per_sample);
-  } else {
-    at.sample = chunk / per_sample;
-  }
+  at.sample = quotient(chunk, per_sample);
   at.element = (chunk - at.sample * per_sample) * WIDTH;
   at.index = at.sample * count + at.element;
   at.valid = count - at.element < WIDTH ? static_cast<int>(count - at.element) : WIDTH;

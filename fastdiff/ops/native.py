@@ -83,13 +83,8 @@ def _group_norm_silu_limits(x: Tensor, groups: int, *_: Any) -> str | None:
     return None
 
 
-def _sampler_step_limits(x: Tensor, model_output: Tensor, *rest: Any) -> str | None:
-    more = any(value is not None for value in rest[9:14]) or model_output.shape[1:] != x.shape[1:]
-    return "its CUDA kernel takes no weights, scales, variance or mask" if more and x.is_cuda else None
-
-
 BACKENDS: dict[str, Backend] = {
-    "sampler_step": _Native("sampler_step", 2, _sampler_step_limits),
+    "sampler_step": _Native("sampler_step", 2),
     "add_noise": _Native("add_noise", 1),
     "philox_normal": _Native("philox_normal", 0),
     "group_norm_silu": _Native("group_norm_silu", 1, _group_norm_silu_limits),

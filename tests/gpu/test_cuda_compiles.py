@@ -18,14 +18,16 @@ TARGETS = {80: "80", 90: "90a"}
 
 # Kernel and template arguments -> least shares of wide loads and stores. The rest is for odd shapes and addresses.
 WIDE = {
-    "sampler_step_kernel<1>": (0.5, 0.5),
+    "sampler_step_kernel<1, 0>": (0.5, 0.5),
+    "sampler_step_kernel<1, 1>": (0.5, 0.5),
     "add_noise_kernel<1>": (0.5, 0.5),
     "philox_normal_kernel<1>": (0.0, 0.5),  # reads nothing but seeds
     **{f"group_norm_silu_kernel<{t}, 8, {last}>": (0.5, 0.5) for t in "fhb" for last in "01"},
     **{f"group_norm_apply_kernel<{t}, 8, {last}>": (0.5, 0.5) for t in "fhb" for last in "01"},
 }
 NARROW = {
-    "sampler_step_kernel<0>",
+    "sampler_step_kernel<0, 0>",
+    "sampler_step_kernel<0, 1>",
     "add_noise_kernel<0>",
     "add_drawn_noise_kernel",
     "philox_normal_kernel<0>",

@@ -17,15 +17,18 @@ struct Tensor {
 };
 
 int shim_sampler_step(const int64_t* sizes, const Tensor* t, const int64_t* seeds, const float* table,
-                      const int64_t* counter) {
+                      const int64_t* counter, const float* weights, const float* scales, const float* mask) {
   StepArgs args{};
   args.samples = sizes[0];
   args.count = sizes[1];
-  args.output_inner = sizes[2];
-  args.groups = args.copies = sizes[3] != 0 ? 2 : 1;
-  args.output_count = args.count;
-  args.row = sizes[4];
-  args.rows = sizes[5];
+  args.groups = sizes[2];
+  args.output_count = sizes[3];
+  args.output_inner = sizes[4];
+  args.copies = sizes[5];
+  args.row = sizes[6];
+  args.rows = sizes[7];
+  args.mask_stride = sizes[8];
+  args.mask_count = sizes[9];
   args.x = t[0].array();
   args.model_output = t[1].array();
   args.noise = t[2].array();
@@ -37,6 +40,11 @@ int shim_sampler_step(const int64_t* sizes, const Tensor* t, const int64_t* seed
   args.new_history = t[8].array();
   args.new_anchor = t[9].array();
   args.model_input = t[10].array();
+  args.known = t[11].array();
+  args.known_noise = t[12].array();
+  args.weights = weights;
+  args.scales = scales;
+  args.mask = mask;
   args.seeds = seeds;
   args.table = table;
   args.counter = counter;
