@@ -234,37 +234,31 @@ def run(
     return next_x, history, next_anchor, next_input
 
 
-_POINTERS = (
-    "counter",
-    "anchor",
-    "hist1",
-    "hist2",
-    "hist3",
-    "noise",
-    "seeds",
-    "new_history",
-    "new_anchor",
-    "model_input",
-)
-
-
-def _case(name: str, dtype: str, inner: int = 1, guided: bool = True, **given: str) -> AotCase:
+def _case(
+    name: str, dtype: str, inner: int = 1, groups: int = 2, varied: bool = False, samples: int = 2, **given: str
+) -> AotCase:
     pointers = {"x": "fp32", "model_output": dtype, "table": "fp32", "new_x": "fp32", "model_input": dtype, **given}
-    signature = {
-        argument: f"*{pointers[argument]}" if argument in pointers else "constexpr"
-        for argument in sampler_step_kernel.arg_names
-    }
-    signature |= {"samples": "i32", "count": "i32", "inner": "i32", "row": "i32", "rows": "i32"}
-    constexprs = {pointer: None for pointer in _POINTERS if pointer not in pointers}
-    constexprs |= {"GUIDED": guided, "BLOCK": BLOCK if inner == 1 else STRIDED_BLOCK}
-    if inner == 1:
-        signature["inner"], constexprs["inner"] = "constexpr", 1
+    constexprs = {"GROUPS": groups, "VARIED": varied, "COPIES": groups, "BLOCK": BLOCK if inner == 1 else STRIDED_BLOCK}
+    constexprs |= {argument: 1 for argument, value in (("inner", inner), ("samples", samples)) if value == 1}
+    if "mask" not in given:
+        constexprs["mask_count"] = 1
+    integers = {"samples", "count", "output_count", "inner", "mask_count", "mask_stride", "row", "rows"}
+    signature = {}
+    for argument in sampler_step_kernel.arg_names:
+        if argument in pointers:
+            signature[argument] = f"*{pointers[argument]}"
+        elif argument in integers and argument not in constexprs:
+            signature[argument] = "i32"
+        else:
+            signature[argument] = "constexpr"
+            constexprs.setdefault(argument, None)
+    divisible = ("count", "output_count", "mask_stride", *(["mask_count"] if "mask" in given else []))
     return AotCase(
         name=name,
         kernel=sampler_step_kernel,
         signature=signature,
         constexprs=constexprs,
-        divisible=(*pointers, "count"),
+        divisible=(*pointers, *divisible),
         wide_loads=0.5 if inner == 1 else 0.0,
     )
 
@@ -277,11 +271,18 @@ _HISTORY = {
     "new_history": "fp32",
     "new_anchor": "fp32",
 }
+_KEPT = {"known": "fp32", "mask": "fp32", "seeds": "i64"}
+_FACTORS = {"weights": "fp32", "scales": "fp32", **_KEPT}
 AOT = [
     *(_case(f"ddim {dtype}", dtype) for dtype in ("fp32", "fp16", "bf16")),
-    *(_case(f"ddim unguided {dtype}", dtype, guided=False) for dtype in ("fp32", "bf16")),
-    _case("dpmpp_2m", "fp16", hist1="fp32", new_history="fp32"),
+    *(_case(f"ddim unguided {dtype}", dtype, groups=1) for dtype in ("fp32", "bf16")),
+    _case("dpmpp_2m, one sample", "fp16", samples=1, hist1="fp32", new_history="fp32"),
     _case("everything, drawn", "fp16", counter="i64", seeds="i64", **_HISTORY),
     _case("everything, given", "fp16", counter="i64", noise="fp16", **_HISTORY),
     _case("everything, channels-last", "fp16", 4, counter="i64", seeds="i64", **_HISTORY),
+    _case("weighted groups", "fp16", groups=4, weights="fp32"),
+    _case("variance and scales", "bf16", varied=True, noise="bf16", scales="fp32"),
+    _case("kept, given noise", "fp16", **_KEPT, known_noise="fp32"),
+    _case("all, drawn", "fp16", groups=3, varied=True, counter="i64", **_HISTORY, **_FACTORS),
+    _case("all, channels-last", "fp16", 8, groups=3, varied=True, counter="i64", **_HISTORY, **_FACTORS),
 ]
