@@ -38,6 +38,7 @@ from fastdiff.kernels.step_terms import (
     coefficient,
     coefficients,
     combination,
+    exponential,
     is_used,
     load_input,
     load_noise,
@@ -134,7 +135,7 @@ def sampler_step_kernel(
     if VARIED:
         variance_at += (GROUPS - 1) * batch * output_count
         v = load_input(model_output, variance_at, uses_z & (spread != 0.0), element, count, BLOCK)
-    z = tl.where(spread != 0.0, z * tl.exp(spread * v), z)
+    z = tl.where(spread != 0.0, z * exponential(spread * v), z)
 
     bound = per_sample(scales, sample, 0, coefficient(at_row, valid, CLIP))
     d = term(ax, state) + term(am, m)

@@ -108,6 +108,24 @@ def weighted(base, model_output, at, stride, weights, used, element, count, GROU
 
 
 @triton.jit
+def power_of_two(power):
+    """2^power for integers from -126 to 127."""
+    return ((power + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponential(x):
+    """e^x to float32, where `tl.exp` loses a digit for every tenfold x: 2^n e^r with x = n ln 2 + r."""
+    capped = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))
+    shifted = capped * 1.44269504 + 12582912.0  # 1.5 * 2^23 leaves the nearest integer in the low bits
+    n = shifted - 12582912.0
+    r = (capped - n * 0.693359375) + n * 2.12194440e-4
+    power = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    half = power >> 1  # 2^n itself can be out of range
+    return tl.exp(r) * power_of_two(half) * power_of_two(power - half)
+
+
+@triton.jit
 def blend(share, made, kept):
     """share * made + (1 - share) * kept; at a share of 1 and 0 only that which counts."""
     mixed = share * made + (1.0 - share) * kept

@@ -13,8 +13,20 @@ from tolerance import assert_close_to_truth
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.noise import STREAM_STEP
-from fastdiff.ops.row import CLIP, GUIDANCE, INPUT_SCALE, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION, ROW_SIZE
+from fastdiff.noise import STREAM_INITIAL, STREAM_STEP
+from fastdiff.ops.row import (
+    CLIP,
+    GUIDANCE,
+    INPUT_SCALE,
+    INPUTS,
+    KNOWN,
+    NEW_ANCHOR,
+    NEW_HISTORY,
+    NEW_X,
+    PREDICTION,
+    ROW_SIZE,
+    VARIANCE,
+)
 
 ROW = 3  # of four; the others hold NaN
 SEEDS = torch.tensor([11, -12, 2**50])
@@ -87,21 +99,67 @@ def arguments(
     return given
 
 
+FEATURES = ("weights", "variance", "scales", "kept")
+MASKS = {"whole": (1, 1), "channels": (1, None), "samples": (None, 1), "elements": (None, None)}
+"""The first two sizes of a mask, None for those of x."""
+
+
+def mask_of(shape: tuple[int, ...], kind: str = "samples", seed: int = 24) -> Tensor:
+    """A mask with zeros, ones and values between."""
+    sizes = [size if given is None else given for given, size in zip(MASKS[kind], shape, strict=False)]
+    return normal(*sizes, *shape[2:], seed=seed, mean=0.5).clamp(0.0, 1.0)
+
+
+def extended(
+    given: dict[str, Any],
+    *features: str,
+    groups: int = 2,
+    mask: str = "samples",
+    drawn: bool = True,
+    layout: str = "contiguous",
+) -> dict[str, Any]:
+    """The arguments with these of FEATURES besides, and the coefficients that they need in the row."""
+    shape, dtype = given["x"].shape, given["model_output"].dtype
+    rows = given["table"].clone()
+    rows[ROW, VARIANCE] = 0.4 if "variance" in features else 0.0
+    rows[ROW, KNOWN] = torch.tensor([0.6, -0.8])
+    sizes = (
+        (groups * shape[0], shape[1] * (1 + ("variance" in features)), *shape[2:])
+        if shape[1:]
+        else (groups * shape[0],)
+    )
+    m = normal(*sizes, seed=2, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    more: dict[str, Any] = {"table": rows, "model_output": m}
+    if "weights" in features:
+        more["weights"] = normal(shape[0], groups, seed=20)
+    if "scales" in features:
+        more["scales"] = normal(shape[0], 3, seed=21).abs() + 0.2
+    if "kept" in features:
+        more |= {"known": normal(*shape, seed=22, dtype=dtype), "mask": mask_of(shape, mask)}
+        more |= {"seeds": SEEDS[: shape[0]]} if drawn else {"known_noise": normal(*shape, seed=23, dtype=dtype)}
+    return given | more
+
+
 def step(target: Target, given: dict[str, Any]) -> ops.StepOutput:
     with target.forced():
         out = ops.sampler_step(**target.move(given))
     return ops.StepOutput(*(None if value is None else value.cpu() for value in out))
 
 
+_AS_X = ("x", "model_output", "anchor", "noise", "known", "known_noise")
+
+
 def truth(given: dict[str, Any]) -> ops.StepOutput:
     wide = {
-        name: value.double() if name != "seeds" and isinstance(value, Tensor) else value
-        for name, value in given.items()
+        name: value.double() if name in _AS_X and isinstance(value, Tensor) else value for name, value in given.items()
     }
-    wide |= {"table": given["table"], "history": tuple(h.double() for h in given["history"])}
+    wide |= {"history": tuple(h.double() for h in given["history"])}
     wide["model_input"] = None if given["model_input"] is None else torch.float64
     if "seeds" in given:
-        wide["noise"] = normals_truth(wide.pop("seeds"), given["x"].shape, ROW, STREAM_STEP)
+        seeds, shape = wide.pop("seeds"), given["x"].shape
+        wide.setdefault("noise", normals_truth(seeds, shape, ROW, STREAM_STEP))
+        if "known" in given:
+            wide.setdefault("known_noise", normals_truth(seeds, shape, 0, STREAM_INITIAL))
     return step(Target("reference", "cpu"), wide)
 
 
