@@ -67,6 +67,44 @@ struct AttentionArgs {
   int threads;                                                // out is contiguous (batch, queries, heads, dim)
 };
 
+// m = sum over groups: the base weights w of w_0 out_0 + sum of w_k (out_k - out_0), made ready for a sampler step.
+struct WeightsArgs {
+  int64_t samples, groups;
+  int64_t count, output_count;  // elements of a sample that count, and that there are
+  int64_t channels, inner;      // channels-last: of each `inner` elements the first `channels` count; contiguous: 1, 1
+  Array model_output;           // (groups * samples, output_count)
+  const float* weights;         // (samples, groups); so is out
+  double rescale;
+  bool perpendicular;
+  float* out;
+  int threads;
+};
+
+// What D = ax*x + am*m is made of, before any clipping.
+struct PredictionArgs {
+  int64_t samples, count, groups;
+  int64_t output_count;  // of model_output (groups * samples, output_count), whose first `count` elements count
+  int64_t output_inner;  // its layout, as in StepArgs
+  Array x, model_output;
+  const float* weights;  // (samples, groups); nullptr: 1, or 1 and the row's guidance
+  const float* row;      // of the table
+  uint32_t index;        // of that row
+  int threads;
+};
+
+struct ThresholdArgs : PredictionArgs {
+  double percentile;
+  float maximum;
+  float* scales;  // (samples, 3)
+};
+
+struct StepSizeArgs : PredictionArgs {
+  Array noise;
+  const int64_t* seeds;
+  double snr;
+  float* scales;  // (samples, 3)
+};
+
 namespace cpu {
 
 #ifdef FASTDIFF_X86
@@ -77,13 +115,16 @@ namespace cpu {
 
 // Each csrc/cpu/*.cpp is compiled once per capability and defines its kernel in the namespace of that name. A kernel
 // returns nullptr, or a message on what is missing.
-#define FASTDIFF_DECLARE(CAPABILITY)                 \
-  namespace CAPABILITY {                             \
-  const char* sampler_step(const StepArgs& args);    \
-  void add_noise(const NoiseArgs& args);             \
-  void philox_normal(const NoiseArgs& args);         \
-  void group_norm_silu(const GroupNormArgs& args);   \
-  void attention(const AttentionArgs& args);         \
+#define FASTDIFF_DECLARE(CAPABILITY)                  \
+  namespace CAPABILITY {                              \
+  const char* sampler_step(const StepArgs& args);     \
+  void add_noise(const NoiseArgs& args);              \
+  void philox_normal(const NoiseArgs& args);          \
+  void group_norm_silu(const GroupNormArgs& args);    \
+  void attention(const AttentionArgs& args);          \
+  void guidance_weights(const WeightsArgs& args);     \
+  void dynamic_threshold(const ThresholdArgs& args);  \
+  void langevin_step_size(const StepSizeArgs& args);  \
   }
 FASTDIFF_CAPABILITIES(FASTDIFF_DECLARE)
 #undef FASTDIFF_DECLARE

@@ -15,7 +15,10 @@ from functools import cache
 from fastdiff.errors import InputError
 
 BACKENDS = ("native", "triton", "torch", "reference")
-OPERATORS = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu", "attention")
+OPERATORS = (
+    *("sampler_step", "add_noise", "philox_normal", "group_norm_silu", "attention"),
+    *("guidance_weights", "dynamic_threshold", "langevin_step_size"),
+)
 
 _forced: ContextVar[Mapping[str, str] | None] = ContextVar("fastdiff_forced_backends", default=None)
 

@@ -1,24 +1,10 @@
-// Mean and squared deviations of x + residual, by parts that do not depend on the number of threads. Sums are taken of
-// the distance to a value near the part's mean, and parts are merged by Chan, Golub and LeVeque's formula ("Updating
-// formulae and a pairwise algorithm for computing sample variances", 1979), so that large means cancel nothing.
+// Mean and squared deviations of x + residual, by parts that do not depend on the number of threads.
 #pragma once
 
-#include "cpu/group_norm_simd.h"
+#include "cpu/moments.h"
 #include "cpu/scratch.h"
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
-
-struct Moments {
-  double count = 0.0, mean = 0.0, squares = 0.0;  // squares: the sum of squared distances to the mean
-
-  void merge(const Moments& other) {
-    const double both = count + other.count, distance = other.mean - mean;
-    if (other.count == 0.0) return;
-    mean += distance * (other.count / both);
-    squares += other.squares + distance * distance * (count * other.count / both);
-    count = both;
-  }
-};
 
 // x + residual, where there is one.
 template <class T, bool PLAIN>

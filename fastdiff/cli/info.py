@@ -146,5 +146,8 @@ def _ordinary_call(name: str, device: torch.device) -> tuple[Any, ...]:
         "philox_normal": (seeds, [1, 32, 8, 8], 0, 0, torch.float32),
         "group_norm_silu": (x, 32, weight, weight, 1e-5, True, None, None, False),
         "attention": (x, x, x, None, 1.0),
+        "guidance_weights": (torch.cat([x, x]), torch.zeros(1, 2, device=device), 0.7, False, None),
+        "dynamic_threshold": (x, x, torch.zeros(1, 32, device=device), 0, None, None, 0.995, 1.0),
+        "langevin_step_size": (x, x, torch.zeros(1, 32, device=device), 0, None, None, None, seeds, 0.16),
     }
     return calls[name]

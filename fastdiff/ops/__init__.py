@@ -4,46 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff import config
 from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL
-from fastdiff.ops import checks, dispatch, reference
+from fastdiff.ops import checks, reference
+from fastdiff.ops.calling import call as _call
+from fastdiff.ops.calling import explanation
 from fastdiff.ops.dispatch import REGISTERED, Report, report
+from fastdiff.ops.prepass import dynamic_threshold, guidance_weights, langevin_step_size
 
 __all__ = [
     "Report",
     "StepOutput",
     "add_noise",
     "attention",
+    "dynamic_threshold",
     "explain",
     "group_norm_silu",
+    "guidance_weights",
+    "langevin_step_size",
     "philox_normal",
     "report",
     "sampler_step",
 ]
-
-_is_compiling = torch.compiler.is_compiling
-_explaining: ContextVar[bool] = ContextVar("fastdiff_explaining", default=False)
-
-
-class _Explained(Exception):
-    """Carries the explanation out of an operator that is only being asked about."""
-
-
-def _call(name: str, *args: Any) -> Any:
-    """The registered operator; inside use_backend('reference') the plain PyTorch function, which has gradients."""
-    if not _is_compiling():
-        if _explaining.get():
-            raise _Explained(dispatch.explain(name, args))
-        if config.forced_backend(name) == "reference":
-            return getattr(reference, name)(*args)
-    return dispatch.call(name, *args)
 
 
 class StepOutput(NamedTuple):
@@ -262,11 +249,4 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
     """
     if name not in REGISTERED:
         raise InputError(f"explain: unknown operator {name!r}; expected one of {', '.join(REGISTERED)}")
-    token = _explaining.set(True)
-    try:
-        globals()[name](*args, **kwargs)
-    except _Explained as explained:
-        return str(explained)
-    finally:
-        _explaining.reset(token)
-    raise AssertionError("unreachable: every operator goes through _call")
+    return explanation(lambda: globals()[name](*args, **kwargs))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.ops import reference
+from fastdiff.ops import prepass_reference, reference
 from fastdiff.ops.reference import memory_format
 
 
@@ -76,6 +76,12 @@ def _other_dtypes(verb: str, dtype: torch.dtype) -> str:
     return f"it {verb} float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
 
 
+def noise_dtype(*args: Any) -> str | None:
+    """As `supports`, for the noise, which is the third argument from the end."""
+    noise = args[-3]
+    return None if noise is None or noise.dtype in KERNEL_DTYPES else _other_dtypes("takes noise in", noise.dtype)
+
+
 @dataclass(frozen=True)
 class Operator:
     """A registered operator: `fastdiff::name`."""
@@ -115,6 +121,15 @@ def _fake_sampler_step(x: Tensor, model_output: Tensor, *args: Any) -> tuple[Ten
     )
 
 
+def _fake_guidance_weights(model_output: Tensor, weights: Tensor, *_: Any) -> Tensor:
+    return weights.new_empty(weights.shape, dtype=torch.promote_types(model_output.dtype, torch.float32))
+
+
+def _fake_scales(x: Tensor, model_output: Tensor, *_: Any) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(x.dtype, model_output.dtype), torch.float32)
+    return x.new_empty((x.shape[0], 3), dtype=wide)
+
+
 OPERATORS = {
     operator.name: operator
     for operator in (
@@ -151,6 +166,26 @@ OPERATORS = {
             "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
             reference.attention,
             _fake_attention,
+        ),
+        Operator(
+            "guidance_weights",
+            "(Tensor model_output, Tensor weights, float rescale, bool perpendicular, int? channels) -> Tensor",
+            prepass_reference.guidance_weights,
+            _fake_guidance_weights,
+        ),
+        Operator(
+            "dynamic_threshold",
+            "(Tensor x, Tensor model_output, Tensor table, int row, Tensor? counter, Tensor? weights,"
+            " float percentile, float maximum) -> Tensor",
+            prepass_reference.dynamic_threshold,
+            _fake_scales,
+        ),
+        Operator(
+            "langevin_step_size",
+            "(Tensor x, Tensor model_output, Tensor table, int row, Tensor? counter, Tensor? weights,"
+            " Tensor? noise, Tensor? seeds, float snr) -> Tensor",
+            prepass_reference.langevin_step_size,
+            _fake_scales,
         ),
     )
 }
