@@ -94,7 +94,9 @@ def _prediction(
         _weights(name, model_output, weights)
         _shape(name, "weights", weights, (x.shape[0], groups))
     elif groups > 2:
-        raise InputError(f"{name}: model_output has {groups} groups of samples; expected weights, float32 (N, {groups})")
+        raise InputError(
+            f"{name}: model_output has {groups} groups of samples; expected weights, float32 (N, {groups})"
+        )
     if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != ROW_SIZE or not table.is_contiguous():
         raise InputError(
             f"{name}: table is {table.dtype} of shape {tuple(table.shape)}; "
