@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_philox_normal.py", "test_add_noise.py", "test_sampler_step.py", "test_group_norm_silu.py")
+FILES = ("test_philox_normal.py", "test_add_noise.py", "test_sampler_step.py", "test_sampler_step_guidance.py")
+FILES += ("test_sampler_step_kept.py", "test_group_norm_silu.py")
 LESSER = {"AVX2": ("default",), "AVX512": ("default", "avx2")}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backends import NATIVE, Target
-from step_rows import ROW, ROWS, arguments, step
+from step_rows import FEATURES, ROW, ROWS, arguments, extended, step
 from torch import Tensor
 
 import fastdiff
@@ -26,6 +26,17 @@ def test_opcheck(name: str, guided: bool) -> None:
     torch.library.opcheck(torch.ops.fastdiff.sampler_step.default, tuple(flat))
 
 
+@pytest.mark.parametrize("copies", [None, 1])
+@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
+def test_opcheck_of_all_features(drawn: bool, copies: int | None) -> None:
+    given = arguments(ROWS["dpmpp_2m_sde"], (2, 3, 4, 5), model="bfloat16", drawn=drawn)
+    given = extended(given, *FEATURES, groups=3, drawn=drawn, layout="channels_last")
+    flat = [given[key] for key in ("x", "model_output", "table", "row")]
+    flat += [given["history"][0] if key == "hist1" else given.get(key) for key in OPTIONAL]
+    flat += [True, False, copies, torch.bfloat16]
+    torch.library.opcheck(torch.ops.fastdiff.sampler_step.default, tuple(flat))
+
+
 def test_compiles_whole() -> None:
     given = arguments(ROWS["everything"], (2, 3, 4, 5), guided=True)
     options = {key: given[key] for key in ("anchor", "history", "seeds", "new_history", "new_anchor", "model_input")}
@@ -37,6 +48,30 @@ def test_compiles_whole() -> None:
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")(*operands)
     for left, right in zip(compiled, forward(*operands), strict=True):
         assert torch.equal(left, right)
+
+
+def test_compiles_whole_with_all_features() -> None:
+    given = extended(arguments(ROWS["everything"], (2, 3, 4, 5)), *FEATURES, groups=3) | {"copies": 1}
+    operands = {key: given.pop(key) for key in ("x", "model_output", "weights", "scales", "known", "mask")}
+
+    def forward(values: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        return tuple(ops.sampler_step(**values, **given))
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")(operands)
+    for left, right in zip(compiled, forward(operands), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_gradients_of_all_features_through_the_reference() -> None:
+    """Where the mask and the weights leave something out, nothing comes back, not even NaN."""
+    given = extended(arguments(ROWS["euler_ancestral"], (2, 3, 4, 5), drawn=False), *FEATURES, groups=3, drawn=False)
+    given["mask"][0], given["weights"][1, 2] = 0.0, 0.0
+    m = given["model_output"].requires_grad_()
+    step(Target("reference", "cpu"), given).x.sum().backward()
+    assert m.grad.isfinite().all()
+    assert (m.grad[0::2] == 0.0).all()
+    assert (m.grad[5, :3] == 0.0).all()
+    assert (m.grad[5, 3:] != 0.0).any()
 
 
 def test_gradients_through_the_reference() -> None:
@@ -97,5 +132,47 @@ def test_fake_tensors_are_not_run() -> None:
 )
 def test_errors(change: dict, message: str) -> None:
     given = arguments(ROWS["ddim"], (2, 3)) | change
+    with pytest.raises(InputError, match="sampler_step: " + message):
+        ops.sampler_step(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": None}, r"model_output has 3 groups of 2 samples and there are no weights; pass weights \(2, 3\)"),
+        ({"weights": torch.ones(2, 2)}, r"weights is torch.float32 of shape \(2, 2\); expected .* float32 \(2, 3\)"),
+        (
+            {"weights": torch.ones(2, 3).double()},
+            r"weights is torch.float64 of shape \(2, 3\); expected contiguous float",
+        ),
+        (
+            {"weights": torch.ones(3, 2).t()},
+            r"weights is .*; expected contiguous float32 \(2, 3\): one weight for each",
+        ),
+        ({"weights": torch.ones(2, 3, device="meta")}, r"weights is on meta, the first tensor on cpu"),
+        ({"model_output": torch.ones(6, 4, 4, 5)}, r"model_output has shape \(6, 4, 4, 5\); .* or twice as many"),
+        ({"model_output": torch.ones(6, 3, 4, 4)}, r"model_output has shape \(6, 3, 4, 4\); expected \(2, 3, 4, 5\)"),
+        ({"model_output": torch.ones(5, 6, 4, 5)}, r"model_output has shape \(5, 6, 4, 5\); expected \(2, 3, 4, 5\)"),
+        ({"model_output": torch.ones(0, 3, 4, 5)}, r"model_output has shape \(0, 3, 4, 5\); expected \(2, 3, 4, 5\)"),
+        ({"scales": torch.ones(2, 2)}, r"scales is .* \(2, 2\); expected contiguous float32 \(2, 3\): bound, data"),
+        ({"known": None}, r"known and mask come together; pass known, or neither of them nor known_noise"),
+        ({"mask": None}, r"known and mask come together; pass mask, or neither of them nor known_noise"),
+        ({"known": None, "mask": None}, r"known and mask come together; pass known, or neither"),
+        ({"known": torch.ones(2, 3, 4, 4)}, r"known has shape \(2, 3, 4, 4\); expected \(2, 3, 4, 5\)"),
+        ({"known": torch.ones(2, 3, 4, 5).double()}, r"known is float64, x is torch.float32; convert one of them"),
+        ({"known": torch.ones(2, 3, 4, 5).int()}, r"known is torch.int32; expected float32"),
+        ({"known_noise": torch.ones(2, 3, 4, 4)}, r"known_noise has shape \(2, 3, 4, 4\); expected \(2, 3, 4, 5\)"),
+        ({"mask": torch.ones(4, 5)}, r"mask has shape \(4, 5\); expected \(1 or 2, 1 or 3, 4, 5\)"),
+        ({"mask": torch.ones(2, 3, 4, 1)}, r"mask has shape \(2, 3, 4, 1\); expected \(1 or 2, 1 or 3, 4, 5\)"),
+        ({"mask": torch.ones(1, 2, 4, 5)}, r"mask has shape \(1, 2, 4, 5\); expected \(1 or 2, 1 or 3, 4, 5\)"),
+        ({"mask": torch.ones(1, 1, 4, 5).bool()}, r"mask is torch.bool; expected float32, 1 where the sample is made"),
+        ({"mask": torch.ones(1, 1, 4, 5, device="meta")}, r"mask is on meta, the first tensor on cpu"),
+        ({"noise": torch.ones(2, 3, 4, 5).double()}, r"noise is float64, x is torch.float32; convert one of them"),
+        ({"copies": 0}, r"copies is 0; expected at least 1, or None for the groups of model_output"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_errors_of_features(change: dict, message: str) -> None:
+    given = extended(arguments(ROWS["ddim"], (2, 3, 4, 5)), *FEATURES, groups=3, drawn=False) | change
     with pytest.raises(InputError, match="sampler_step: " + message):
         ops.sampler_step(**given)
