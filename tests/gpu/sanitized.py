@@ -6,7 +6,7 @@ import torch
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops.row import NEW_ANCHOR, NEW_HISTORY, NEW_X, ROW_SIZE
+from fastdiff.ops.row import KNOWN, NEW_ANCHOR, NEW_HISTORY, NEW_X, ROW_SIZE, VARIANCE
 
 SEEDS = torch.tensor([1, 2], device="cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,6 +32,12 @@ def step(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
     asked = {"new_history": True, "new_anchor": True, "model_input": dtype}
     ops.sampler_step(x, output, table, 0, seeds=SEEDS, **given, **asked)
     ops.sampler_step(x, output[: shape[0]], table, 0, noise=x, **given, **asked)
+    table[:, KNOWN] = table[:, VARIANCE] = 0.5
+    output = torch.cat([output, output], dim=1).contiguous(memory_format=layout)
+    factors = {"weights": torch.ones(shape[0], 2, device="cuda"), "scales": torch.ones(shape[0], 3, device="cuda")}
+    for mask in (x[:1, :1], x):
+        given["mask"] = mask.clamp(0.0, 1.0)
+        ops.sampler_step(x, output, table, 0, seeds=SEEDS, known=x, **factors, **given, **asked)
 
 
 def norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
