@@ -226,9 +226,23 @@ __attribute__((noinline)) void blend_block(const StepArgs& args, const Plan& pla
   blend(mask, kept, next_x, count);
 }
 
+// The next model input, made of x', wherever it is repeated.
+void store_input(const StepArgs& args, float factor, const float* next_x, int64_t offset, int64_t count) {
+  alignas(64) float scaled[BLOCK];
+  const bool direct = args.model_input.type == Type::F32;
+  if (!direct) scale(next_x, factor, scaled, count);
+  for (int64_t copy = 0; copy < args.copies; ++copy, offset += args.samples * args.count) {
+    if (direct) {
+      scale(next_x, factor, static_cast<float*>(args.model_input.data) + offset, count);
+    } else {
+      store(scaled, args.model_input, offset, count);
+    }
+  }
+}
+
 void step_block(const StepArgs& args, const Plan& plan, int64_t sample, int64_t begin, int64_t count) {
   alignas(64) float x[BLOCK], m[BLOCK], together[BLOCK], prediction[BLOCK];
-  alignas(64) float noise[normals_room(BLOCK)], factored[BLOCK], out[BLOCK], scaled[BLOCK];
+  alignas(64) float noise[normals_room(BLOCK)], factored[BLOCK], out[BLOCK];
   const int64_t offset = sample * args.count + begin;
   const float* inputs[row::INPUTS] = {};
 
@@ -255,12 +269,7 @@ void step_block(const StepArgs& args, const Plan& plan, int64_t sample, int64_t 
     combine(inputs, plan.combinations[i], row::INPUTS, target, count);
     if (i == 0 && args.mask) blend_block(args, plan, sample, begin, count, target);
     if (!direct) store(out, *outputs[i], offset, count);
-    if (i == 0 && args.model_input) {
-      scale(target, plan.row[row::INPUT_SCALE], scaled, count);
-      for (int64_t copy = 0; copy < args.copies; ++copy) {
-        store(scaled, args.model_input, copy * args.samples * args.count + offset, count);
-      }
-    }
+    if (i == 0 && args.model_input) store_input(args, plan.row[row::INPUT_SCALE], target, offset, count);
   }
 }
 

@@ -92,23 +92,9 @@ def sampler_step(
     """
     if not x.is_contiguous():
         x = x.contiguous()
-    checks.sampler_step(
-        x,
-        model_output,
-        table,
-        row,
-        counter,
-        anchor,
-        history,
-        noise,
-        seeds,
-        weights,
-        scales,
-        known,
-        known_noise,
-        mask,
-        copies,
-    )
+    checks.sampler_step(x, model_output, table, row, counter, anchor, history, noise, seeds, weights)
+    if not (scales is known is known_noise is mask is copies is None):
+        checks.sampler_step_options(x, scales, known, known_noise, mask, copies)
     given = len(history)
     outputs = _call(
         "sampler_step",

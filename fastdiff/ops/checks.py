@@ -52,11 +52,6 @@ def sampler_step(
     noise: Tensor | None,
     seeds: Tensor | None,
     weights: Tensor | None,
-    scales: Tensor | None,
-    known: Tensor | None,
-    known_noise: Tensor | None,
-    mask: Tensor | None,
-    copies: int | None,
 ) -> None:
     name, shape, device = "sampler_step", x.shape, x.device
     if x.dtype not in _FLOATS or model_output.dtype not in _FLOATS:
@@ -94,12 +89,25 @@ def sampler_step(
         if counter.dtype != torch.int64 or counter.numel() != 1:
             raise InputError(f"{name}: counter is {counter.dtype} of {counter.numel()} elements; expected int64 (1,)")
         _same_device(name, x, counter=counter)
+
+
+def sampler_step_options(
+    x: Tensor,
+    scales: Tensor | None,
+    known: Tensor | None,
+    known_noise: Tensor | None,
+    mask: Tensor | None,
+    copies: int | None,
+) -> None:
+    """Those that most steps do without; called where there is one."""
     if scales is not None:
         _rows_of_samples("scales", scales, x, 3, "bound, data factor, noise factor")
     if known is not None or mask is not None or known_noise is not None:
         _step_known(x, known, known_noise, mask)
     if copies is not None and copies < 1:
-        raise InputError(f"{name}: copies is {copies}; expected at least 1, or None for the groups of model_output")
+        raise InputError(
+            f"sampler_step: copies is {copies}; expected at least 1, or None for the groups of model_output"
+        )
 
 
 def _step_groups(x: Tensor, model_output: Tensor, weights: Tensor | None) -> None:

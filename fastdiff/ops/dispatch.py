@@ -136,7 +136,7 @@ def explain(name: str, args: tuple[Any, ...]) -> str:
 
 def _refuse_grad(name: str, args: tuple[Any, ...]) -> None:
     for value in args:
-        if isinstance(value, Tensor) and value.requires_grad:
+        if value is not None and isinstance(value, Tensor) and value.requires_grad:
             raise InputError(
                 f"{name}: an input requires grad and this operator has no gradient; "
                 "call it under torch.no_grad(), or inside fastdiff.use_backend('reference') to differentiate"
