@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
-from backends import Target
+from backends import TARGETS, Target
 from inputs import DTYPES, LAYOUTS, normal
 from noise_truth import normals_truth
 from tolerance import assert_close_to_truth
@@ -27,6 +28,9 @@ from fastdiff.ops.row import (
     ROW_SIZE,
     VARIANCE,
 )
+
+REFERENCE = Target("reference", "cpu")
+EVERYWHERE = [*TARGETS, pytest.param(REFERENCE, id="reference")]
 
 ROW = 3  # of four; the others hold NaN
 SEEDS = torch.tensor([11, -12, 2**50])
@@ -160,12 +164,12 @@ def truth(given: dict[str, Any]) -> ops.StepOutput:
         wide.setdefault("noise", normals_truth(seeds, shape, ROW, STREAM_STEP))
         if "known" in given:
             wide.setdefault("known_noise", normals_truth(seeds, shape, 0, STREAM_INITIAL))
-    return step(Target("reference", "cpu"), wide)
+    return step(REFERENCE, wide)
 
 
 def check(target: Target, given: dict[str, Any]) -> ops.StepOutput:
     """Every output against the truth, and what was not asked for absent."""
-    actual, exact, plain = step(target, given), truth(given), step(Target("reference", "cpu"), given)
+    actual, exact, plain = step(target, given), truth(given), step(REFERENCE, given)
     for name, value, right, rough in zip(actual._fields, actual, exact, plain, strict=True):
         assert (value is None) == (right is None), name
         if value is not None:

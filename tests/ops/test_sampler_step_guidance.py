@@ -8,7 +8,7 @@ import pytest
 import torch
 from backends import NATIVE, TARGETS, Target
 from inputs import LAYOUTS, normal
-from step_rows import FEATURES, ROW, ROWS, arguments, check, extended, step, table, truth
+from step_rows import EVERYWHERE, FEATURES, REFERENCE, ROW, ROWS, arguments, check, extended, step, table, truth
 from torch import Tensor
 
 from fastdiff import ops
@@ -88,7 +88,7 @@ def test_the_formulas() -> None:
     noise = given["noise"] * noise_factor * torch.exp(c[VARIANCE] * given["model_output"][4:, 3:])
     inputs = (given["x"], m, data, given["anchor"], *given["history"], noise)
     expected = sum(c[4 + i] * value for i, value in enumerate(inputs))
-    torch.testing.assert_close(step(Target("reference", "cpu"), given).x, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(step(REFERENCE, given).x, expected, rtol=1e-12, atol=1e-12)
 
 
 def truth_inputs(given: dict) -> dict:
@@ -104,7 +104,7 @@ def test_without_weights_the_row_guides() -> None:
 
 
 @pytest.mark.parametrize("group", [0, 1, 2])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERYWHERE)
 def test_a_weight_of_zero_reads_nothing(target: Target, group: int) -> None:
     """NaN in a group reaches the sample whose weight for it is not zero, and no other."""
     given = extended(everything(), "weights", groups=3)
@@ -117,7 +117,7 @@ def test_a_weight_of_zero_reads_nothing(target: Target, group: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERYWHERE)
 def test_only_the_last_group_says_the_variance(target: Target, layout: str) -> None:
     given = extended(everything(), "variance", groups=2, layout=layout)
     given["model_output"][:2, 3:] = math.nan
@@ -127,7 +127,7 @@ def test_only_the_last_group_says_the_variance(target: Target, layout: str) -> N
 
 
 @pytest.mark.parametrize("row", ["ddim", "euler_ancestral"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERYWHERE)
 def test_a_variance_that_does_not_count_is_not_read(target: Target, row: str) -> None:
     """A row without noise, and a row without the variance's coefficient."""
     given = extended(arguments(ROWS[row], (2, 3, 5, 7)), "variance")
@@ -156,7 +156,7 @@ def test_a_missing_variance_gives_nan_on_a_gpu(target: Target, features: tuple[s
     assert step(target, given).x.isnan().all()
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERYWHERE)
 def test_scales_take_the_place_of_the_clip(target: Target) -> None:
     rows = table({"D": 1.0}, clip=0.1)
     given = arguments(rows, (2, 4000)) | {"scales": torch.tensor([[0.5, 3.0, 1.0], [math.inf, 1.0, 1.0]])}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from backends import NATIVE, TARGETS, Target
 from inputs import DTYPES, LAYOUTS
-from step_rows import MASKS, ROW, ROWS, SEEDS, arguments, check, extended, mask_of, step
+from step_rows import EVERYWHERE, MASKS, REFERENCE, ROW, ROWS, SEEDS, arguments, check, extended, mask_of, step
 
 from fastdiff import ops
 from fastdiff.errors import InputError
@@ -67,7 +67,7 @@ def test_the_formula() -> None:
     given = {
         n: v.double() if n in ("x", "model_output", "known", "known_noise") else v for n, v in kept(drawn=False).items()
     }
-    reference = Target("reference", "cpu")
+    reference = REFERENCE
     made, (signal, noise) = plain(reference, given).x, given["table"][ROW, KNOWN].double()
     mask = given["mask"].double()
     expected = mask * made + (1 - mask) * (signal * given["known"] + noise * given["known_noise"])
@@ -75,7 +75,7 @@ def test_the_formula() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 4, 33, 32)], ids=str)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERYWHERE)
 def test_what_does_not_count_does_not_leak(target: Target, shape: tuple[int, ...]) -> None:
     """Where the mask is 1 the sample is what it is without the image, and 0 keeps NaN of the sample away."""
     given = kept(shape, mask="elements", drawn=False)
@@ -92,7 +92,7 @@ def test_what_does_not_count_does_not_leak(target: Target, shape: tuple[int, ...
     torch.testing.assert_close(out.x[mask == 0.0], image[mask == 0.0])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERYWHERE)
 def test_a_mask_of_ones_changes_no_bit(target: Target) -> None:
     given = kept((2, 4, 33, 32), mask="whole")
     given |= {"mask": torch.ones(1, 1, 33, 32), "known": torch.full((2, 4, 33, 32), math.nan)}
@@ -100,7 +100,7 @@ def test_a_mask_of_ones_changes_no_bit(target: Target) -> None:
         assert (left is None and right is None) or torch.equal(left, right)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERYWHERE)
 def test_drawn_noise_is_the_starting_noise(target: Target) -> None:
     """Of every row: the counter's step is 0."""
     given = kept((3, 4, 17, 5), known=(0.0, 1.0))
@@ -117,7 +117,7 @@ def test_given_noise_of_the_step_leaves_the_images_drawn(target: Target) -> None
     check(target, given)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERYWHERE)
 def test_an_image_without_noise_needs_none(target: Target) -> None:
     given = kept(known=(1.0, 0.0))
     given |= {"seeds": None, "mask": torch.zeros(1, 1, 5, 7)}
