@@ -13,10 +13,10 @@ constexpr int NEW_X = 4;
 constexpr int NEW_HISTORY = 12;
 constexpr int NEW_ANCHOR = 20;
 constexpr int INPUT_SCALE = 28;
-constexpr int KNOWN = 29;  // two: of the image that is kept and of its noise
+constexpr int KNOWN = 29;  // two: of the image and of the noise
 constexpr int VARIANCE = 31;
 
-constexpr int STREAM_INITIAL = 0;
 constexpr int STREAM_STEP = 1;
+constexpr int STREAM_INITIAL = 0;
 
 }  // namespace fastdiff::row

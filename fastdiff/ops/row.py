@@ -1,14 +1,14 @@
 """Where each coefficient of a step stands in a row of the table; `csrc/step_row.h` holds the same numbers.
 
-With m the guided model output, D = clamp(ax*x + am*m, -clip, clip) and the noise multiplied by exp(row[VARIANCE] * v),
-v the model's own variance channels, a row gives
+With m the guided model output and D = clamp(ax*x + am*m, -clip, clip), a row gives
 
     x'           = sum over INPUTS of row[NEW_X] * input
     history'     = sum over INPUTS of row[NEW_HISTORY] * input
     anchor'      = sum over INPUTS of row[NEW_ANCHOR] * input
     model input' = row[INPUT_SCALE] * x'
 
-and, where a mask keeps an image, x' is there signal * image + noise * normals with (signal, noise) = row[KNOWN].
+Where an image is kept (inpainting), x' is row[KNOWN] . (image, noise) instead: the image at the noise level of x'. With
+v the network's own variance channels (learned-range DDPM), the noise is multiplied by exp(row[VARIANCE] * v).
 """
 
 INPUTS = ("x", "m", "D", "anchor", "hist1", "hist2", "hist3", "noise")
