@@ -34,6 +34,12 @@ HEADS = ((2, 8, 1024, 40), (2, 8, 256, 80))
 ATTENTIONS = ("self", "masked", "cross77")
 NOISED = (16, 4, 64, 64)
 NOISE = ("given", "seeds")
+SAMPLES = ((2, 4, 128, 128), (2, 3, 64, 64))
+PREPASSES = (
+    *(("guidance_weights", kind) for kind in ("rescaled", "perpendicular")),
+    ("dynamic_threshold", "quantile"),
+    *(("langevin_step_size", noise) for noise in NOISE),
+)
 LOOPS = ("dpmpp_2m-20", "ddim-50")
 LOOP_SHAPE = (4, 1, 28, 28)
 
@@ -58,6 +64,12 @@ CASES = (
     ),
     *(Case("add_noise", noise, NOISED, dtype, quick=dtype == "float32") for noise in NOISE for dtype in DTYPES),
     *(Case("philox_normal", "fill", NOISED, dtype, quick=dtype == "float32") for dtype in DTYPES),
+    *(
+        Case(operator, variant, shape, dtype, quick=(shape, dtype) == (SAMPLES[1], "float32"))
+        for operator, variant in PREPASSES
+        for shape in SAMPLES
+        for dtype in DTYPES
+    ),
     *(Case("sampling", loop, LOOP_SHAPE, dtype) for loop in LOOPS for dtype in DTYPES),
 )
 

@@ -13,7 +13,9 @@ from benchmarks import schedulers
 from benchmarks.cases import Case
 from benchmarks.work import Work
 from fastdiff import ops
-from fastdiff.ops import reference
+from fastdiff.noise import STREAM_STEP
+from fastdiff.ops import prepass_reference, reference
+from fastdiff.ops.row import CLIP, GUIDANCE, PREDICTION, ROW_SIZE
 
 GROUPS = 32
 CROSS_KEYS = 77
@@ -128,10 +130,105 @@ def philox_normal(case: Case, device: torch.device) -> Work:
     )
 
 
+def guidance_weights(case: Case, device: torch.device) -> Work:
+    """Of a conditional output; "perpendicular": and of a negative one."""
+    dtype = getattr(torch, case.dtype)
+    samples, groups = case.shape[0], 3 if case.variant == "perpendicular" else 2
+    m = normal(groups * samples, *case.shape[1:], seed=0, dtype=dtype, device=device)
+    weights = torch.tensor([1.0, 7.5, -2.0], device=device)[:groups].repeat(samples, 1)
+    options = {"rescale": 0.7, "perpendicular": groups == 3}
+
+    def pytorch() -> Tensor:
+        first, conditional, *others = m.chunk(groups)
+        d = conditional - first
+        lost = torch.zeros(samples, dtype=dtype, device=device)
+        for k, other in enumerate(others, start=2):
+            lost = lost + weights[0, k] * ((other - first) * d).sum(_inside(m)) / d.square().sum(_inside(m))
+        kept = (weights[:, 1] - lost).to(dtype)
+        guided = first + kept.view(-1, 1, 1, 1) * d
+        for k, other in enumerate(others, start=2):
+            guided = guided + weights[0, k] * (other - first)
+        f = 0.7 * conditional.std(_inside(m)) / guided.std(_inside(m)) + 0.3
+        return f[:, None] * torch.cat([weights[:, :1], kept[:, None], weights[:, 2:]], dim=1)
+
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=lambda: ops.guidance_weights(m, weights, **options),
+        truth=prepass_reference.guidance_weights(m.double(), weights.double(), *options.values(), None),
+        plain=prepass_reference.guidance_weights(m, weights, *options.values(), None),
+        traffic=size(m),
+    )
+
+
+def _inside(samples: Tensor) -> tuple[int, ...]:
+    """The dimensions of one sample."""
+    return tuple(range(1, samples.dim()))
+
+
+def _guided(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
+    """(x, model output of two groups, table, D an operation at a time)."""
+    dtype = getattr(torch, case.dtype)
+    x = normal(*case.shape, seed=0, dtype=dtype, device=device)
+    m = normal(2 * case.shape[0], *case.shape[1:], seed=1, dtype=dtype, device=device)
+    table = torch.zeros(1, ROW_SIZE, device=device)
+    table[0, GUIDANCE], table[0, PREDICTION], table[0, CLIP] = 7.5, torch.tensor([1.1, -0.5]), 1.0
+
+    def prediction() -> Tensor:
+        unconditional, conditional = m.chunk(2)
+        return 1.1 * x - 0.5 * (unconditional + 7.5 * (conditional - unconditional))
+
+    return x, m, table, prediction
+
+
+def dynamic_threshold(case: Case, device: torch.device) -> Work:
+    x, m, table, prediction = _guided(case, device)
+
+    def pytorch() -> Tensor:
+        s = torch.quantile(prediction().float().abs().flatten(1), 0.995, dim=1).clamp(1.0, 100.0)
+        return torch.stack([s, 1.0 / s, torch.ones_like(s)], dim=1)
+
+    options = (table, 0, None, None, 0.995, 100.0)
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=lambda: ops.dynamic_threshold(x, m, table, 0, percentile=0.995, maximum=100.0),
+        truth=prepass_reference.dynamic_threshold(x.double(), m.double(), *options),
+        plain=prepass_reference.dynamic_threshold(x, m, *options),
+        traffic=size(x, m),
+    )
+
+
+def langevin_step_size(case: Case, device: torch.device) -> Work:
+    x, m, table, prediction = _guided(case, device)
+    drawn = case.variant == "seeds"
+    seeds = torch.arange(case.shape[0], device=device)
+    noise = normal(*case.shape, seed=2, dtype=x.dtype, device=device)
+
+    def pytorch() -> Tensor:
+        z = torch.randn_like(x) if drawn else noise
+        of_noise, of_score = (value.flatten(1).norm(dim=1) for value in (z, prediction()))
+        e = 2.0 * (0.16 * of_noise / of_score) ** 2
+        return torch.stack([torch.full_like(e, math.inf), e, (2.0 * e).sqrt()], dim=1)
+
+    given = {"seeds": seeds} if drawn else {"noise": noise}
+    exact = reference.philox_normal(seeds, case.shape, 0, STREAM_STEP, torch.float32) if drawn else noise
+    options = (table, 0, None, None)
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=lambda: ops.langevin_step_size(x, m, table, 0, snr=0.16, **given),
+        truth=prepass_reference.langevin_step_size(x.double(), m.double(), *options, exact.double(), None, 0.16),
+        plain=prepass_reference.langevin_step_size(x, m, *options, exact, None, 0.16),
+        comparable=not drawn,
+        traffic=size(x, m) + (0 if drawn else size(noise)),
+    )
+
+
 BUILDERS: dict[str, Callable[[Case, torch.device], Work]] = {
     "sampler_step": sampler_step,
     "group_norm_silu": group_norm_silu,
     "attention": attention,
     "add_noise": add_noise,
     "philox_normal": philox_normal,
+    "guidance_weights": guidance_weights,
+    "dynamic_threshold": dynamic_threshold,
+    "langevin_step_size": langevin_step_size,
 }

@@ -99,8 +99,8 @@ def dynamic_threshold_kernel(
         above = tl.minimum(above, tl.where(inside & (bits > prefix), bits, NONE))
         largest = tl.maximum(largest, bits)
     low = prefix.to(tl.float32, bitcast=True)
-    high = tl.where(left + 1 < equal, prefix, tl.min(above)).to(tl.float32, bitcast=True)
-    s = tl.where(fraction == 0.0, low, low + fraction * (high - low))
+    high = tl.min(above).to(tl.float32, bitcast=True)
+    s = tl.where((fraction == 0.0) | (left + 1 < equal), low, low + fraction * (high - low))
 
     at_row, _, valid = find_row(table, counter, row, rows)
     bound = coefficient(at_row, valid, CLIP)

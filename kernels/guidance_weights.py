@@ -190,9 +190,7 @@ def guidance_weights_kernel(
     tl.store(out + sample * GROUPS + group, w, mask=group < GROUPS)
 
 
-def run(
-    model_output: Tensor, weights: Tensor, rescale: float, perpendicular: bool, channels: int | None
-) -> Tensor:
+def run(model_output: Tensor, weights: Tensor, rescale: float, perpendicular: bool, channels: int | None) -> Tensor:
     """The registered operator's arguments; launches on the current stream of model_output's device."""
     m, out = dense(model_output), torch.empty_like(weights)
     samples, groups = weights.shape

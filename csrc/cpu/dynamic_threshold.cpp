@@ -15,7 +15,9 @@ namespace {
 
 constexpr int64_t PART = 16384;      // elements that are worth a task of their own
 constexpr int64_t PARALLEL = 16384;  // elements below which threads cost more than they give
+constexpr int64_t RUN = 4 * LANES;  // values that are skipped together if none is kept
 constexpr int64_t BINS = 2048;
+constexpr int64_t COPIES = 4;  // of a histogram, for values that follow one another: often they are in one bin
 constexpr int SHIFTS[] = {20, 10, 0};  // of the digits: 11, 10 and 10 bits; the sign is 0
 constexpr uint32_t INFINITE = 0x7F800000u, NONE = 0xFFFFFFFFu;
 
@@ -38,20 +40,44 @@ Place find(const uint32_t* histogram, int64_t rank) {
   return {digit, rank};
 }
 
+Words words_at(const uint32_t* source) {
+  Words value;
+  memcpy(&value, source, sizeof value);
+  return value;
+}
+
+Words lesser(Words a, Words b) { return a < b ? a : b; }
+
 // Keeps the values whose bits from `shift` on are `prefix`, and what is least above them.
 void narrow(Range& range, uint32_t prefix, int shift) {
+  const uint32_t low = prefix << shift, span = (1u << shift) - 1, top = low | span;
+  Words above = Words{} + NONE;
   int64_t kept = 0;
-  uint32_t above = range.above;
-  const uint32_t low = prefix << shift, span = (1u << shift) - 1;
-  for (int64_t i = 0; i < range.count; ++i) {
-    const uint32_t value = range.values[i];
-    range.values[kept] = value;
-    kept += value - low <= span;
-    const uint32_t candidate = value > (low | span) ? value : NONE;
-    above = candidate < above ? candidate : above;
+  const auto keep = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const uint32_t value = range.values[i];
+      range.values[kept] = value;
+      kept += value - low <= span;
+    }
+  };
+  const int64_t whole = range.count / RUN * RUN;
+  for (int64_t begin = 0; begin < whole; begin += RUN) {
+    Words least = Words{} + NONE;  // the distance to `low`, which wraps below it
+    for (int64_t i = begin; i < begin + RUN; i += LANES) {
+      const Words value = words_at(range.values + i);
+      least = lesser(least, value - low);
+      above = lesser(above, value > top ? value : Words{} + NONE);
+    }
+    bool found = false;
+    for (int64_t lane = 0; lane < LANES; ++lane) found |= least[lane] <= span;
+    if (found) keep(begin, begin + RUN);
   }
+  for (int64_t i = whole; i < range.count; ++i) {
+    if (range.values[i] > top) range.above = std::min(range.above, range.values[i]);
+  }
+  keep(whole, range.count);
+  for (int64_t lane = 0; lane < LANES; ++lane) range.above = std::min(range.above, above[lane]);
   range.count = kept;
-  range.above = above;
 }
 
 class DynamicThreshold {
@@ -62,7 +88,7 @@ class DynamicThreshold {
         parts_(args.samples >= threads_ ? 1 : smaller(threads_, ceil_divide(args.count, PART))),
         part_(ceil_divide(ceil_divide(args.count, parts_), PREDICTED) * PREDICTED),
         values_(args.samples * args.count),
-        histograms_(args.samples * parts_ * BINS),
+        histograms_(args.samples * parts_ * COPIES * BINS),
         largest_(args.samples * parts_),
         ranges_(args.samples * parts_) {
     const double rank = args.percentile * static_cast<double>(args.count - 1);
@@ -88,8 +114,8 @@ class DynamicThreshold {
     const int64_t sample = task / parts_, first = smaller(task % parts_ * part_, args_.count);
     const int64_t end = smaller(first + part_, args_.count);
     uint32_t* values = values_.data() + sample * args_.count;
-    uint32_t* histogram = histograms_.data() + task * BINS;
-    std::fill(histogram, histogram + BINS, 0u);
+    uint32_t* histogram = histograms_.data() + task * COPIES * BINS;
+    std::fill(histogram, histogram + COPIES * BINS, 0u);
     uint32_t largest = 0;
     for (int64_t begin = first; begin < end; begin += PREDICTED) {
       const int64_t count = smaller(PREDICTED, end - begin);
@@ -99,7 +125,7 @@ class DynamicThreshold {
         values[begin + i] = bits;
         largest = bits > largest ? bits : largest;
       }
-      for (int64_t i = begin; i < begin + count; ++i) ++histogram[values[i] >> SHIFTS[0]];
+      for (int64_t i = 0; i < count; ++i) ++histogram[(i % COPIES) * BINS + (values[begin + i] >> SHIFTS[0])];
     }
     largest_[task] = largest;
     ranges_[task] = {values + first, end - first, NONE};
@@ -108,8 +134,8 @@ class DynamicThreshold {
   // Where the quantile is among the upper digits of a sample's parts.
   Place place(int64_t sample) const {
     uint32_t histogram[BINS] = {};
-    for (int64_t part = 0; part < parts_; ++part) {
-      const uint32_t* counts = histograms_.data() + (sample * parts_ + part) * BINS;
+    for (int64_t copy = 0; copy < parts_ * COPIES; ++copy) {
+      const uint32_t* counts = histograms_.data() + (sample * parts_ * COPIES + copy) * BINS;
       for (int64_t bin = 0; bin < BINS; ++bin) histogram[bin] += counts[bin];
     }
     return find(histogram, rank_);
@@ -161,8 +187,8 @@ class DynamicThreshold {
       narrow(range, prefix, SHIFTS[level]);
     }
     const double low = philox::float_of(prefix);
-    if (fraction_ == 0.0) return static_cast<float>(low);
-    const double high = rank + 1 < range.count ? low : philox::float_of(range.above);
+    if (fraction_ == 0.0 || rank + 1 < range.count) return static_cast<float>(low);
+    const double high = philox::float_of(range.above);
     return static_cast<float>(low + fraction_ * (high - low));
   }
 
@@ -172,7 +198,7 @@ class DynamicThreshold {
   int64_t rank_;
   double fraction_;
   const Scratch<uint32_t> values_;      // (samples, count)
-  const Scratch<uint32_t> histograms_;  // (samples, parts, BINS)
+  const Scratch<uint32_t> histograms_;  // (samples, parts, COPIES, BINS)
   const Scratch<uint32_t> largest_;     // (samples, parts); so are the ranges
   const Scratch<Range> ranges_;
 };

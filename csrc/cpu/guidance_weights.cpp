@@ -106,11 +106,11 @@ class GuidanceWeights {
     alignas(64) float first_buffer[BLOCK_SIZE], buffer[BLOCK_SIZE], m[BLOCK_SIZE];
     for_part(task, [&](int64_t begin, int64_t count) {
       const float* first = output(0, sample, begin, count, first_buffer);
-      begin_groups(first, weights[0], m, count);
-      for (int64_t k = 1; k < args_.groups; ++k) {
-        const float* group = output(k, sample, begin, count, buffer);
-        if (k == 1) of_conditional.merge(moments_of(group, count));
-        add_group(first, group, k == 1 ? first_[sample] : weights[k], m, count);
+      const float* conditional = output(1, sample, begin, count, buffer);
+      of_conditional.merge(moments_of(conditional, count));
+      guide(first, weights[0], conditional, first_[sample], m, count);
+      for (int64_t k = 2; k < args_.groups; ++k) {
+        guide_more(first, output(k, sample, begin, count, buffer), weights[k], m, count);
       }
       of_m.merge(moments_of(m, count));
     });

@@ -12,14 +12,16 @@ namespace fastdiff::cpu::CPU_CAPABILITY {
 
 constexpr int64_t PREDICTED = 1024;  // elements at a time: every intermediate stays in the first-level cache
 
-// out = first, then with += each further group's distance to it.
-static inline void begin_groups(const float* first, float weight, float* __restrict out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = weight * first[i];
+// out = weight * first + other_weight * (other - first).
+static inline void guide(const float* first, float weight, const float* other, float other_weight,
+                         float* __restrict out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = weight * first[i] + other_weight * (other[i] - first[i]);
 }
 
-static inline void add_group(const float* first, const float* group, float weight, float* __restrict out,
-                             int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] += weight * (group[i] - first[i]);
+// out += weight * (other - first).
+static inline void guide_more(const float* first, const float* other, float weight, float* __restrict out,
+                              int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] += weight * (other[i] - first[i]);
 }
 
 // Elements [begin, begin + count) of a channels-last sample, in the logical order.
@@ -73,18 +75,15 @@ class Prediction {
 
   const float* guided(int64_t sample, int64_t begin, int64_t count, float* m) const {
     alignas(64) float first_buffer[PREDICTED], buffer[PREDICTED];
-    const float* first = output(0, sample, begin, count, first_buffer);
-    if (args_.weights) {
-      const float* weights = args_.weights + sample * args_.groups;
-      begin_groups(first, weights[0], m, count);
-      for (int64_t k = 1; k < args_.groups; ++k) {
-        add_group(first, output(k, sample, begin, count, buffer), weights[k], m, count);
-      }
-    } else {
-      begin_groups(first, 1.0f, m, count);
-      if (args_.groups == 2) {
-        add_group(first, output(1, sample, begin, count, buffer), args_.row[row::GUIDANCE], m, count);
-      }
+    const float *first = output(0, sample, begin, count, first_buffer), guidance[] = {1.0f, args_.row[row::GUIDANCE]};
+    const float* weights = args_.weights ? args_.weights + sample * args_.groups : guidance;
+    if (args_.groups == 1) {
+      for (int64_t i = 0; i < count; ++i) m[i] = weights[0] * first[i];
+      return m;
+    }
+    guide(first, weights[0], output(1, sample, begin, count, buffer), weights[1], m, count);
+    for (int64_t k = 2; k < args_.groups; ++k) {
+      guide_more(first, output(k, sample, begin, count, buffer), weights[k], m, count);
     }
     return m;
   }

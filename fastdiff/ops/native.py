@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.ops.registry import Backend, KernelBackend, noise_dtype
+from fastdiff.ops.registry import Backend, KernelBackend, noise_dtype, sample_size
 
 ON_CUDA = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu")
 """Operators with a CUDA C++ kernel; the others run on Triton there."""
@@ -90,6 +90,6 @@ BACKENDS: dict[str, Backend] = {
     "group_norm_silu": _Native("group_norm_silu", 1, _group_norm_silu_limits),
     "attention": _Native("attention", 3),
     "guidance_weights": _Native("guidance_weights", 1),
-    "dynamic_threshold": _Native("dynamic_threshold", 2),
+    "dynamic_threshold": _Native("dynamic_threshold", 2, sample_size(2**32 - 1)),
     "langevin_step_size": _Native("langevin_step_size", 2, noise_dtype),
 }

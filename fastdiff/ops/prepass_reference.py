@@ -58,8 +58,9 @@ def dynamic_threshold(
     sizes = _prediction(c, x, model_output, weights).abs().reshape(len(x), -1)
     ordered = sizes.sort(dim=1).values
     rank = percentile * (sizes.shape[1] - 1)
-    low = math.floor(rank)
-    quantile = torch.lerp(ordered[:, low], ordered[:, math.ceil(rank)], rank - low)
+    low, high = ordered[:, math.floor(rank)], ordered[:, math.ceil(rank)]
+    between = low + (rank - math.floor(rank)) * (high - low)
+    quantile = torch.where(low == high, low, between)  # both may be infinite
     quantile = torch.where(sizes.isnan().any(dim=1), math.nan, quantile)
     s = quantile.clamp(bound, maximum)
     return torch.stack([s, bound / s, torch.ones_like(s)], dim=1)

@@ -82,6 +82,16 @@ def noise_dtype(*args: Any) -> str | None:
     return None if noise is None or noise.dtype in KERNEL_DTYPES else _other_dtypes("takes noise in", noise.dtype)
 
 
+def sample_size(largest: int) -> Callable[..., str | None]:
+    """As `supports`, for the number of elements of a sample of the first argument."""
+
+    def limits(x: Tensor, *_: Any) -> str | None:
+        count = x.numel() // len(x)
+        return None if count <= largest else f"it counts a sample's elements up to {largest}, and there are {count}"
+
+    return limits
+
+
 @dataclass(frozen=True)
 class Operator:
     """A registered operator: `fastdiff::name`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff import config
 from fastdiff.ops.checks import MAX_HEAD_DIM
-from fastdiff.ops.registry import Backend, KernelBackend, noise_dtype
+from fastdiff.ops.registry import Backend, KernelBackend, noise_dtype, sample_size
 
 
 @cache
@@ -72,6 +72,6 @@ BACKENDS: dict[str, Backend] = {
     "group_norm_silu": _Triton("group_norm_silu", 1),
     "attention": _Triton("attention", 3, _attention_limits, _attention_cedes),
     "guidance_weights": _Triton("guidance_weights", 1),
-    "dynamic_threshold": _Triton("dynamic_threshold", 2),
+    "dynamic_threshold": _Triton("dynamic_threshold", 2, sample_size(2**30)),
     "langevin_step_size": _Triton("langevin_step_size", 2, noise_dtype),
 }
