@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdiff.kernels.aot import AotCase
 from fastdiff.kernels.layout import dense, inner
 from fastdiff.kernels.prediction import cut
+from fastdiff.kernels.sampler_step import term
 
 BLOCK = 1024
 
@@ -43,7 +44,7 @@ def first_weight(weights, products, sample, chunks, GROUPS: tl.constexpr, PARTIA
         lost = square * 0.0
         for k in tl.static_range(2, GROUPS):
             product = tl.sum(tl.load(at + k, mask=chunk < chunks, other=0.0).to(tl.float64))
-            lost += tl.load(weights + sample * GROUPS + k) * product
+            lost += term(tl.load(weights + sample * GROUPS + k), product)
         lost = tl.where(square == 0.0, 0.0, lost / tl.where(square == 0.0, 1.0, square))
         return (own - lost).to(tl.float32)
 
@@ -116,6 +117,8 @@ def deviations_kernel(
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
     own = first_weight(weights, products, sample, chunks, GROUPS, PARTIALS)
     base = tl.load(weights + sample * GROUPS)
+    # Taken from out_0, and so from m, so that a large mean does not cost m its last digits.
+    center = tl.load(model_output + sample * output_count).to(tl.float32)
     reference1, mean1, squares1 = 0.0, 0.0, 0.0
     reference, mean, squares = 0.0, 0.0, 0.0
     begin = chunk * tiles * BLOCK
@@ -127,10 +130,10 @@ def deviations_kernel(
         first = group_values(model_output, 0, sample, element, samples, count, output_count, channels, inner)
         group = group_values(model_output, 1, sample, element, samples, count, output_count, channels, inner)
         reference1, mean1, squares1 = add_tile(group, inside, size, reference1, mean1, squares1, merged)
-        m = base * first + own * (group - first)
+        m = term(base, first - center) + term(own, group - first)
         for k in tl.static_range(2, GROUPS):
             group = group_values(model_output, k, sample, element, samples, count, output_count, channels, inner)
-            m += tl.load(weights + sample * GROUPS + k) * (group - first)
+            m += term(tl.load(weights + sample * GROUPS + k), group - first)
         reference, mean, squares = add_tile(m, inside, size, reference, mean, squares, merged)
         merged += size
     plane = tl.num_programs(0).to(tl.int64)

@@ -79,10 +79,11 @@ def predict(
     first = load_used(model_output, at, am != 0.0, element, count)
     m = first
     if weights is not None:
-        m = tl.load(weights + sample * GROUPS) * first
+        m = term(tl.load(weights + sample * GROUPS), first)
         for k in tl.static_range(1, GROUPS):
-            group = load_used(model_output, at + k * between, am != 0.0, element, count)
-            m += tl.load(weights + sample * GROUPS + k) * (group - first)
+            w = tl.load(weights + sample * GROUPS + k)
+            group = load_used(model_output, at + k * between, (am != 0.0) & (w != 0.0), element, count)
+            m += term(w, group - first)
     elif GROUPS == 2:
         group = load_used(model_output, at + between, am != 0.0, element, count)
         m += coefficient(at_row, valid, GUIDANCE) * (group - first)

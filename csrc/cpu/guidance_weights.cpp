@@ -24,7 +24,7 @@ class GuidanceWeights {
         parts_(ceil_divide(args.count, PART)),
         projects_(args.perpendicular && args.groups > 2),
         rescales_(args.rescale != 0.0),
-        first_(args.samples),
+        weights_(args.samples * args.groups),
         products_(projects_ ? args.samples * parts_ * args.groups : 1),
         moments_(rescales_ ? 2 * args.samples * parts_ : 1) {}
 
@@ -37,7 +37,7 @@ class GuidanceWeights {
         for (int64_t task = thread; task < tasks; task += team) project(task);
         wait();
       }
-      for (int64_t sample = thread; sample < args_.samples; sample += team) first_[sample] = first_weight(sample);
+      for (int64_t sample = thread; sample < args_.samples; sample += team) adjust(sample);
       wait();
       if (rescales_) {
         for (int64_t task = thread; task < tasks; task += team) measure(task);
@@ -85,33 +85,37 @@ class GuidanceWeights {
     });
   }
 
-  // w_1, less what the other groups have of d_1.
-  float first_weight(int64_t sample) const {
+  // The weights, w_1 less what the other groups have of d_1.
+  void adjust(int64_t sample) {
     const float* weights = args_.weights + sample * args_.groups;
-    if (!projects_) return weights[1];
+    float* adjusted = weights_.data() + sample * args_.groups;
+    memcpy(adjusted, weights, args_.groups * sizeof(float));
+    if (!projects_) return;
     double lost = 0.0, square = 0.0;
     for (int64_t part = 0; part < parts_; ++part) {
       const double* products = products_.data() + (sample * parts_ + part) * args_.groups;
       square += products[1];
-      for (int64_t k = 2; k < args_.groups; ++k) lost += weights[k] * products[k];
+      for (int64_t k = 2; k < args_.groups; ++k) lost += weights[k] != 0.0f ? weights[k] * products[k] : 0.0;
     }
-    return static_cast<float>(square == 0.0 ? weights[1] : weights[1] - lost / square);
+    if (square != 0.0) adjusted[1] = static_cast<float>(weights[1] - lost / square);
   }
 
-  // The moments of out_1 and of m.
+  // The moments of out_1 and of m, from which a multiple of an element of out_0 is taken, so that a large mean does not
+  // cost m its last digits.
   void measure(int64_t task) {
     const int64_t sample = task / parts_;
-    const float* weights = args_.weights + sample * args_.groups;
+    const float* weights = weights_.data() + sample * args_.groups;
+    const float center = load_one(args_.model_output, sample * args_.output_count);
     Moments of_conditional, of_m;
-    alignas(64) float first_buffer[BLOCK_SIZE], buffer[BLOCK_SIZE], m[BLOCK_SIZE];
+    alignas(64) float first_buffer[BLOCK_SIZE], buffer[BLOCK_SIZE], other_buffer[BLOCK_SIZE], m[BLOCK_SIZE];
     for_part(task, [&](int64_t begin, int64_t count) {
       const float* first = output(0, sample, begin, count, first_buffer);
       const float* conditional = output(1, sample, begin, count, buffer);
+      const auto group = [&](int64_t k) {
+        return k == 1 ? conditional : output(k, sample, begin, count, other_buffer);
+      };
+      combine_groups(weights, args_.groups, first, center, group, m, count);
       of_conditional.merge(moments_of(conditional, count));
-      guide(first, weights[0], conditional, first_[sample], m, count);
-      for (int64_t k = 2; k < args_.groups; ++k) {
-        guide_more(first, output(k, sample, begin, count, buffer), weights[k], m, count);
-      }
       of_m.merge(moments_of(m, count));
     });
     moments_[2 * task] = of_conditional;
@@ -119,11 +123,10 @@ class GuidanceWeights {
   }
 
   void finish(int64_t sample) const {
-    const float* weights = args_.weights + sample * args_.groups;
-    float* out = args_.out + sample * args_.groups;
+    const float* weights = weights_.data() + sample * args_.groups;
     const double f = rescales_ ? factor(sample) : 1.0;
     for (int64_t k = 0; k < args_.groups; ++k) {
-      out[k] = static_cast<float>(f * (k == 1 ? first_[sample] : weights[k]));
+      args_.out[sample * args_.groups + k] = static_cast<float>(f * weights[k]);
     }
   }
 
@@ -140,7 +143,7 @@ class GuidanceWeights {
   const WeightsArgs& args_;
   const int64_t parts_;
   const bool projects_, rescales_;
-  const Scratch<float> first_;      // w_1 of each sample
+  const Scratch<float> weights_;    // (samples, groups), after the perpendicular step
   const Scratch<double> products_;  // (samples, parts, groups)
   const Scratch<Moments> moments_;  // (samples, parts, 2): of out_1 and m
 };

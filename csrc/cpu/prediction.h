@@ -12,16 +12,29 @@ namespace fastdiff::cpu::CPU_CAPABILITY {
 
 constexpr int64_t PREDICTED = 1024;  // elements at a time: every intermediate stays in the first-level cache
 
-// out = weight * first + other_weight * (other - first).
-static inline void guide(const float* first, float weight, const float* other, float other_weight,
+static inline void guide(const float* first, float center, float weight, const float* other, float other_weight,
                          float* __restrict out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = weight * first[i] + other_weight * (other[i] - first[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = weight * (first[i] - center) + other_weight * (other[i] - first[i]);
 }
 
-// out += weight * (other - first).
 static inline void guide_more(const float* first, const float* other, float weight, float* __restrict out,
                               int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] += weight * (other[i] - first[i]);
+}
+
+// m = weights[0] * (first - center) + sum of weights[k] * (output(k) - first); a weight of zero reads nothing.
+template <class Output>
+static inline void combine_groups(const float* weights, int64_t groups, const float* first, float center,
+                                  const Output& output, float* __restrict m, int64_t count) {
+  int64_t k = 1;
+  if (weights[0] != 0.0f && groups > 1 && weights[1] != 0.0f) {
+    guide(first, center, weights[0], output(k++), weights[1], m, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) m[i] = weights[0] != 0.0f ? weights[0] * (first[i] - center) : 0.0f;
+  }
+  for (; k < groups; ++k) {
+    if (weights[k] != 0.0f) guide_more(first, output(k), weights[k], m, count);
+  }
 }
 
 // Elements [begin, begin + count) of a channels-last sample, in the logical order.
@@ -73,17 +86,16 @@ class Prediction {
     return buffer;
   }
 
-  const float* guided(int64_t sample, int64_t begin, int64_t count, float* m) const {
+  // m, in the buffer unless it is the model output itself.
+  const float* guided(int64_t sample, int64_t begin, int64_t count, float* __restrict m) const {
     alignas(64) float first_buffer[PREDICTED], buffer[PREDICTED];
-    const float *first = output(0, sample, begin, count, first_buffer), guidance[] = {1.0f, args_.row[row::GUIDANCE]};
-    const float* weights = args_.weights ? args_.weights + sample * args_.groups : guidance;
-    if (args_.groups == 1) {
-      for (int64_t i = 0; i < count; ++i) m[i] = weights[0] * first[i];
-      return m;
-    }
-    guide(first, weights[0], output(1, sample, begin, count, buffer), weights[1], m, count);
-    for (int64_t k = 2; k < args_.groups; ++k) {
-      guide_more(first, output(k, sample, begin, count, buffer), weights[k], m, count);
+    const auto group = [&](int64_t k) { return output(k, sample, begin, count, buffer); };
+    if (!args_.weights && args_.groups == 1) return output(0, sample, begin, count, m);
+    const float* first = output(0, sample, begin, count, first_buffer);
+    if (args_.weights) {
+      combine_groups(args_.weights + sample * args_.groups, args_.groups, first, 0.0f, group, m, count);
+    } else {
+      guide(first, 0.0f, 1.0f, group(1), args_.row[row::GUIDANCE], m, count);
     }
     return m;
   }

@@ -55,7 +55,8 @@ def dynamic_threshold(
     linearly between the two nearest in order, as torch.quantile does; there is no limit on their number.
 
     x: (N, C, ...) float32, float16 or bfloat16. model_output: (G * N, C or 2C, ...), of which the first C channels
-    count; contiguous or channels-last. weights: float32 (N, G), or None: then G is 1, or 2 with the row's guidance.
+    count; contiguous or channels-last. weights: float32 (N, G), or None: then G is 1, or 2 with the row's guidance;
+    a group of weight zero is not read.
     table: (rows, 32) float32. counter: int64 (1,) on x's device, or None. A NaN in D gives NaN.
     Errors: InputError for arguments that do not fit; for a row outside the table or whose clip is not positive and
     finite on the CPU, while on a GPU, where the table cannot be read without waiting for it, the result is NaN.

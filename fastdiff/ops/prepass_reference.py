@@ -26,14 +26,20 @@ def guidance_weights(
     if perpendicular and len(apart) > 1:
         square = apart[0].square().sum(dim=-1)
         along = (apart[1:] * apart[0]).sum(dim=-1) / square
-        lost = (w[:, 2:].t() * torch.where(square == 0.0, 0.0, along)).sum(dim=0)
+        lost = _weighted(w[:, 2:], torch.where(square == 0.0, 0.0, along)[..., None])[:, 0]
         w = torch.cat([w[:, :1], (w[:, 1] - lost)[:, None], w[:, 2:]], dim=1)
     if rescale != 0.0:
-        m = w[:, :1] * outputs[0] + (w[:, 1:].t()[..., None] * apart).sum(dim=0)
+        m = _weighted(w, torch.cat([outputs[:1], apart]))
         spread = _deviation(m)
         ratio = torch.where(spread == 0.0, 1.0, _deviation(outputs[1]) / spread)
         w = (rescale * ratio + (1.0 - rescale))[:, None] * w
     return w
+
+
+def _weighted(weights: Tensor, terms: Tensor) -> Tensor:
+    """sum over k of weights[n, k] * terms[k, n]; a weight of zero counts whatever the term is."""
+    w = weights.t()[..., None]
+    return torch.where(w != 0.0, w * terms, 0.0).sum(dim=0)
 
 
 def _deviation(samples: Tensor) -> Tensor:
@@ -100,9 +106,9 @@ def _prediction(c: list[float], x: Tensor, model_output: Tensor, weights: Tensor
     outputs = wide(model_output if x.dim() < 2 else model_output[:, : x.shape[1]])
     outputs = outputs.unflatten(0, (-1, len(x)))
     m = outputs[0]
-    if weights is None and len(outputs) == 2:
+    if weights is not None:
+        terms = torch.cat([outputs[:1], outputs[1:] - m]).reshape(*outputs.shape[:2], -1)
+        m = _weighted(weights.to(outputs.dtype), terms).reshape(x.shape)
+    elif len(outputs) == 2:
         m = m + c[GUIDANCE] * (outputs[1] - m)
-    elif weights is not None:
-        w = weights.to(outputs.dtype).t().reshape(len(outputs), len(x), *(1,) * (x.dim() - 1))
-        m = w[0] * outputs[0] + (w[1:] * (outputs[1:] - outputs[0])).sum(dim=0)
     return combine(c[PREDICTION], (wide(x), m), like=wide(x))

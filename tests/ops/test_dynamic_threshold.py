@@ -142,6 +142,21 @@ def test_infinite_values_are_the_largest(target: Target) -> None:
         assert quantile(target, values, percentile).isinf().all()
 
 
+@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize("target", [*TARGETS, Target("reference", "cpu")], ids=str)
+def test_a_weight_of_zero(target: Target, k: int) -> None:
+    """The group's distance to the first counts for nothing, whatever it is; without w_0 that first one still counts."""
+    given = arguments((2, 3, 5, 7), groups=4)
+    given["weights"][:, k] = 0.0
+    if k > 0:
+        given["model_output"][2 * k : 2 * k + 2] = math.nan
+    exact = wide(given)
+    if k > 0:
+        exact["model_output"][2 * k : 2 * k + 2] = 0.0
+    truth = threshold(Target("reference", "cpu"), exact)
+    torch.testing.assert_close(threshold(target, given).double(), truth, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_counter_is_added_to_the_row(target: Target) -> None:
     given = arguments((2, 3, 5, 7))

@@ -60,7 +60,7 @@ def test_truth_of_kinds(target: Target, dtype: str, layout: str, kind: str, grou
     check(target, *arguments((2, 6, 5, 7), groups, dtype, layout), **KINDS[kind])
 
 
-@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("mean", [0.0, 100.0, -1e4])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_truth_of_shapes(target: Target, shape: tuple[int, ...], mean: float) -> None:
@@ -140,6 +140,16 @@ def test_nan_stays_in_its_sample(target: Target, kind: str) -> None:
     outputs[4, 1, 2, 3] = torch.nan
     found = weigh(target, outputs, weights, **KINDS[kind]).isnan()
     assert found.all(dim=1).tolist() == found.any(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", [*TARGETS, REFERENCE], ids=str)
+def test_a_group_of_weight_zero_does_not_leak(target: Target, kind: str) -> None:
+    outputs, weights = arguments((2, 3, 5, 7), 4)
+    weights[:, 2] = 0.0
+    found = weigh(target, outputs, weights, **KINDS[kind])
+    outputs[4:6] = torch.nan
+    assert torch.equal(weigh(target, outputs, weights, **KINDS[kind]), found)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -127,6 +127,21 @@ def test_an_unread_input_does_not_leak(target: Target, name: str) -> None:
     assert step_size(target, given)[:, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize("target", [*TARGETS, Target("reference", "cpu")], ids=str)
+def test_a_weight_of_zero(target: Target, k: int) -> None:
+    """The group's distance to the first counts for nothing, whatever it is; without w_0 that first one still counts."""
+    given = with_noise(arguments((2, 3, 5, 7), groups=4), "drawn")
+    given["weights"][:, k] = 0.0
+    if k > 0:
+        given["model_output"][2 * k : 2 * k + 2] = math.nan
+    exact = wide(given)
+    if k > 0:
+        exact["model_output"][2 * k : 2 * k + 2] = 0.0
+    truth = step_size(Target("reference", "cpu"), exact)
+    torch.testing.assert_close(step_size(target, given).double(), truth, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_counter_is_added_to_the_row(target: Target) -> None:
     given = with_noise(arguments((2, 3, 5, 7)), "drawn")
