@@ -2,6 +2,7 @@
 
 from fastdiff import engine, models, ops, samplers, schedules, training
 from fastdiff.config import use_backend
+from fastdiff.engine.guidance import Guidance
 from fastdiff.engine.run import run
 from fastdiff.engine.sample import sample
 from fastdiff.errors import BackendError, CheckpointError, InputError
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "Guidance",
     "InputError",
     "engine",
     "explain",

@@ -16,18 +16,21 @@ import torch
 
 import fastdiff
 from fastdiff import config, samplers
-from fastdiff.cli import output
+from fastdiff.cli import images, output
 from fastdiff.errors import InputError
 from fastdiff.models.loading import Model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_IMAGES = 1_000_000
+STRENGTH = 0.6
 EPILOG = """\
 examples:
   fastdiff sample --out grid.png
   fastdiff sample --method ddim --steps 50 --label 3 --guidance 2 --seed 0 --count 16 --out grid.png
   fastdiff sample --label trouser bag --count 8 --out two-classes.png
   fastdiff sample --model my-model.safetensors --label none --count 1000 --out images.npz
+  fastdiff sample --image boot.png --strength 0.5 --label bag --out bags-like-that-boot.png
+  fastdiff sample --image shirt.png --mask sleeves.png --label shirt --out other-sleeves.png
   fastdiff sample --method euler_ancestral --option eta=0.5 --json --out grid.png
 
 Image number i has the seed SEED + i, and the same seed gives the same image whatever --count and --batch-size are.
@@ -66,8 +69,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " but 1 doubles the work (default 1)",
     )
     how.add_argument(
+        "--rescale",
+        type=float,
+        default=0.0,
+        metavar="PHI",
+        help="0 to 1: brings the contrast that --guidance raises back to the model's own (default 0)",
+    )
+    how.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, such as eta=0.5"
     )
+    start = parser.add_argument_group("what to start from")
+    start.add_argument("--image", metavar="FILE", help="a picture to change, resized to the model's size")
+    start.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="how much is made anew, 0 to 1 (default 0.6)",
+    )
+    start.add_argument("--mask", metavar="FILE", help="a picture, white where --image is made anew, black where kept")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where a GPU is (default auto)")
     where.add_argument("--dtype", choices=DTYPES, default="float32", help="arithmetic of the network (default float32)")
@@ -89,6 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
     path = Path(arguments.out)
     _check_numbers(arguments)
     options = _options(arguments.option, arguments.method)
+    _add_strength(options, arguments)
     output.check_path(path)
     device = _device(arguments.device)
     if arguments.threads is not None:
@@ -97,25 +117,44 @@ def main(arguments: argparse.Namespace) -> int:
     output.check_shape(path, model.sample_shape)
     model.network.to(device=device, dtype=DTYPES[arguments.dtype])
     labels = _labels(arguments.label, arguments.count, model)
+    image = images.read_image(arguments.image, model.sample_shape)
+    mask = images.read_mask(arguments.mask, image)
     seeds = range(arguments.seed, arguments.seed + arguments.count)
     with nullcontext() if arguments.backend is None else fastdiff.use_backend(arguments.backend):
         started = time.perf_counter()
-        images = fastdiff.sample(
+        drawn = fastdiff.sample(
             model,
             seeds=seeds,
             labels=labels,
             method=arguments.method,
             steps=arguments.steps,
-            guidance=arguments.guidance,
+            guidance=_guidance(arguments),
+            image=image,
+            mask=mask,
             batch_size=arguments.batch_size,
             progress=False if arguments.no_progress else None,
             **options,
         ).cpu()
         seconds = time.perf_counter() - started
     columns = arguments.columns or output.columns_for(arguments.count)
-    output.write(path, images.numpy(), columns=columns, labels=labels, seeds=seeds)
+    output.write(path, drawn.numpy(), columns=columns, labels=labels, seeds=seeds)
     _print_result(arguments, path, device, labels, seconds)
     return 0
+
+
+def _guidance(arguments: argparse.Namespace) -> float | fastdiff.Guidance:
+    if arguments.rescale == 0.0:
+        return arguments.guidance
+    return fastdiff.Guidance(scale=arguments.guidance, rescale=arguments.rescale)
+
+
+def _add_strength(options: dict[str, Any], arguments: argparse.Namespace) -> None:
+    if arguments.strength is not None:
+        if arguments.image is None:
+            raise InputError("strength: expected --image with it, the picture that is changed")
+        options["strength"] = arguments.strength
+    elif arguments.image is not None and arguments.mask is None:
+        options.setdefault("strength", STRENGTH)
 
 
 def _print_result(
@@ -132,6 +171,8 @@ def _print_result(
             "batch_size": min(arguments.batch_size, arguments.count),
             "device": str(device),
             "labels": labels,
+            "image": arguments.image,
+            "mask": arguments.mask,
             **{name: getattr(arguments, name) for name in names},
         }
         print(json.dumps(result))

@@ -1,6 +1,5 @@
 """The only sampling loop: call the network, apply one row of the table, never wait for the device."""
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff import ops
+from fastdiff.engine.guidance import Guidance, Guide
+from fastdiff.engine.start import Kept, begin, keep
 from fastdiff.errors import InputError
-from fastdiff.noise import STREAM_INITIAL, seed_tensor
+from fastdiff.noise import seed_tensor
 from fastdiff.samplers.table import StepTable
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -41,66 +42,75 @@ def run(
     denoiser: Denoiser,
     table: StepTable,
     *,
-    shape: Sequence[int],
+    shape: Sequence[int] | None = None,
     seeds: Iterable[int],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    guidance: float | None = None,
+    guidance: float | Guidance | None = None,
     x: Tensor | None = None,
+    image: Tensor | None = None,
+    mask: Tensor | None = None,
     callback: Callable[[StepInfo], None] | None = None,
     progress: bool | None = None,
 ) -> Tensor:
     """Samples, float32 of that shape: for each row of the table m = denoiser(x, t), then x' = row applied to (x, m).
 
-    denoiser    (x (N, ...) in `dtype`, t (N,) int64 or, where timesteps are not whole, float32) -> m, x's shape.
-                With guidance it gets 2N samples, [uncond; cond], and m = uncond + guidance * (cond - uncond).
-    shape       of the batch, (N, ...)
+    denoiser    (x (N, ...) in `dtype`, t (N,) int64 or, where timesteps are not whole, float32) -> m, x's shape; twice
+                its channels where the table's variance is learned. With guidance it gets the groups [uncond; cond] of
+                the batch, (2N, ...).
+    shape       of the batch, (N, ...); may be left out with x or image
     seeds       one integer per sample: its starting noise and the noise of its steps. A sample depends on its own seed
                 and not on the rest of the batch, as far as the denoiser's arithmetic does not.
+    guidance    a number: m = uncond + guidance * (cond - uncond); a `Guidance` says more
     x           the starting state instead of drawn noise, float32 of that shape, scaled as the method's state is
+    image       what to start from, float32 of that shape, noised to the table's first level: image-to-image with a
+                table built with `strength` below 1
+    mask        inpainting: 1 where the sample is made, 0 where `image` is kept, between for a soft edge; bool or
+                floating, of image's shape or one that broadcasts to it. After each step the kept part is the image at
+                the step's own noise level, with the noise that the sample started from.
     callback    called with a `StepInfo` after each evaluation
     progress    a progress bar: True, False, or None for long runs on a terminal
 
     Errors: InputError for arguments that do not fit each other or a model output of another shape.
     """
     keys = seed_tensor(seeds, device)
-    full = _batch_shape(shape, len(keys))
+    full = _batch_shape(shape, x, image, len(keys))
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    if guidance is not None:
-        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
-            raise InputError(f"guidance: expected a finite number or None, got {guidance!r}")
-        table = table.with_guidance(guidance)
+    if guidance is not None and not isinstance(guidance, Guidance):
+        guidance = Guidance(scale=guidance)
     with torch.inference_mode():
-        start = _start(x, table, full, keys)
-        samples = _loop(denoiser, table, start, keys, dtype, guidance is not None, callback, progress)
+        guide = Guide(guidance, table, len(keys), keys.device)
+        kept = keep(image, mask, table, full, keys)
+        start = begin(x, kept, table, full, keys)
+        samples = _loop(denoiser, guide, start, kept, keys, dtype, callback, progress)
     # A tensor made in inference mode could not be changed in place or recorded for gradients; its copy can.
     return samples.clone()
 
 
 def _loop(
     denoiser: Denoiser,
-    table: StepTable,
+    guide: Guide,
     x: Tensor,
+    kept: Kept,
     keys: Tensor,
     dtype: torch.dtype,
-    guided: bool,
     callback: Callable[[StepInfo], None] | None,
     progress: bool | None,
 ) -> Tensor:
+    table, groups, rows = guide.table, guide.groups, len(guide.table)
     coefficients, times = table.tensor(x.device), _times(table, x.device)
-    copies = 2 if guided else 1
-    model_input = torch.cat([(table.first_input_scale * x).to(dtype)] * copies)
-    expected = model_input.shape
+    channels = x.shape[1] if x.dim() > 1 else 1
+    model_input = torch.cat([(table.first_input_scale * x).to(dtype)] * groups[0])
     anchor: Tensor | None = None
     history: tuple[Tensor, ...] = ()
-    rows = len(table)
     for index in tqdm(range(rows), desc=table.method, unit="step", disable=not _shows(progress, rows), leave=False):
-        use = table.uses[index]
-        output = denoiser(model_input, times[index].expand(expected[0]))
-        if not isinstance(output, Tensor) or output.shape != expected:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise InputError(f"denoiser: expected an output of shape {tuple(expected)}, got {got}")
+        use, last = table.uses[index], index + 1 == rows
+        t = times[index].expand(len(model_input))
+        output = denoiser(model_input, t)
+        _check_output(output, model_input.shape, table)
+        output = guide.add_gradient(index, output, model_input, t)
+        weights = guide.weights(index, output, channels)
         step = ops.sampler_step(
             x,
             output,
@@ -108,10 +118,15 @@ def _loop(
             index,
             anchor=anchor if use.anchor else None,
             history=history[: use.history],
-            seeds=keys if use.noise else None,
+            seeds=keys if use.noise or kept.mask is not None else None,
+            weights=weights,
+            scales=_scales(table, index, x, output, coefficients, weights, keys),
+            known=kept.image if kept.mask is not None else None,
+            mask=kept.mask,
             new_history=use.new_history,
             new_anchor=use.new_anchor,
-            model_input=dtype if index + 1 < rows else None,
+            model_input=None if last else dtype,
+            copies=None if last else groups[index + 1],
         )
         x = step.x
         if step.history is not None:
@@ -125,23 +140,46 @@ def _loop(
     return x
 
 
-def _batch_shape(shape: Sequence[int], samples: int) -> tuple[int, ...]:
+def _scales(
+    table: StepTable,
+    row: int,
+    x: Tensor,
+    output: Tensor,
+    coefficients: Tensor,
+    weights: Tensor | None,
+    keys: Tensor,
+) -> Tensor | None:
+    """What a row asks of each sample's own numbers: the size of a Langevin step, or a dynamic threshold."""
+    if table.snr[row] > 0.0:
+        snr = float(table.snr[row])
+        return ops.langevin_step_size(x, output, coefficients, row, snr=snr, weights=weights, seeds=keys)
+    if table.threshold is not None and table.uses[row].data:
+        percentile, maximum = table.threshold.percentile, table.threshold.maximum
+        return ops.dynamic_threshold(
+            x, output, coefficients, row, percentile=percentile, maximum=maximum, weights=weights
+        )
+    return None
+
+
+def _check_output(output: object, given: torch.Size, table: StepTable) -> None:
+    expected = (given[0], 2 * given[1], *given[2:]) if table.learned_variance else tuple(given)
+    if not isinstance(output, Tensor) or output.shape != expected:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"denoiser: expected an output of shape {expected}, got {got}")
+
+
+def _batch_shape(shape: Sequence[int] | None, x: Tensor | None, image: Tensor | None, samples: int) -> tuple[int, ...]:
+    if shape is None:
+        given = x if x is not None else image
+        if given is None:
+            raise InputError("shape: expected the sizes of the batch (N, ...), got None; pass shape, x or image")
+        shape = given.shape
     sizes = tuple(shape)
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise InputError(f"shape: expected the positive sizes of the batch (N, ...), got {sizes}")
     if sizes[0] != samples:
         raise InputError(f"seeds: expected {sizes[0]}, one per sample of shape {sizes}, got {samples}")
     return sizes
-
-
-def _start(x: Tensor | None, table: StepTable, shape: tuple[int, ...], keys: Tensor) -> Tensor:
-    if x is None:
-        return ops.philox_normal(keys, shape, stream=STREAM_INITIAL).mul_(table.init_scale)
-    if x.shape != shape or x.dtype != torch.float32 or x.device != keys.device:
-        raise InputError(
-            f"x: expected float32 {shape} on {keys.device}, got {x.dtype} {tuple(x.shape)} on {x.device}; convert it"
-        )
-    return x
 
 
 def _times(table: StepTable, device: torch.device) -> Tensor:

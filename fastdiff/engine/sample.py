@@ -1,16 +1,19 @@
 """Images from a loaded model: its schedule, prediction and labels put into `run`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastdiff import samplers
+from fastdiff.engine.guidance import Guidance
 from fastdiff.engine.run import StepInfo, run
 from fastdiff.errors import InputError
 from fastdiff.noise import integers, seed_tensor
 from fastdiff.schedules import Schedule
+
+STEPS = 20
 
 
 class Model(Protocol):
@@ -36,10 +39,12 @@ def sample(
     model: Model,
     *,
     seeds: Iterable[int],
-    labels: Iterable[int] | None = None,
+    labels: Iterable[int] | Sequence[Iterable[int]] | None = None,
     method: str = "dpmpp_2m",
-    steps: int = 20,
-    guidance: float = 1.0,
+    steps: int | None = None,
+    guidance: float | Guidance = 1.0,
+    image: Tensor | None = None,
+    mask: Tensor | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -49,9 +54,16 @@ def sample(
 ) -> Tensor:
     """Images of the model, float32 (N, *model.sample_shape) in [-1, 1], one for each seed.
 
-    labels          one class per seed; None samples without a class
-    method, steps   of `fastdiff.samplers.build`, which takes `options` too; `clip` is the model's own unless given
-    guidance        uncond + guidance * (cond - uncond); 1.0 is the plain model and one evaluation a step
+    labels          one class per seed; None samples without a class. With a `Guidance` of several scales one such list
+                    for each.
+    method, steps   of `fastdiff.samplers.build`, which takes `options` too; `clip` is the model's own unless given, and
+                    steps are 20 unless the options name the points
+    guidance        uncond + guidance * (cond - uncond); 1.0 is the plain model and one evaluation a step. A `Guidance`
+                    says more.
+    image           what to start from, in [-1, 1]: (N, C, H, W), or one for all. With `strength=0.6` the last 60 % of
+                    the steps are taken from the image noised to their level; a larger image than the model's own is
+                    made larger, for networks that can.
+    mask            inpainting: 1 where a new image is made, 0 where `image` is kept; broadcasts to the image
     batch_size      how many samples the network is given at once (twice as many with guidance); it does not change
                     which noise a sample gets
     device, dtype   those of the network, which is never moved or converted here; None takes what they are
@@ -62,26 +74,32 @@ def sample(
     `run` refuse.
     """
     options = {"clip": model.clip, **options}
+    if steps is None and options.get("timesteps") is None and options.get("sigmas") is None:
+        steps = STEPS
     table = samplers.build(method, schedule=model.schedule, steps=steps, prediction=model.prediction, **options)
     keys = seed_tensor(seeds).tolist()
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size: expected a positive whole number, got {batch_size!r}")
     where, precision = _placement(model.network, device, dtype)
-    classes = _classes(model, labels, len(keys), guidance)
-    guided = guidance != 1.0
+    guide = _guidance(guidance)
+    conditions = _conditions(model, labels, len(keys), guide)
+    start = _repeated("image", image, len(keys), where)
+    kept = _repeated("mask", mask, len(keys), where)
+    shape = model.sample_shape if start is None else tuple(start.shape[1:])
     parts = []
-    for start in range(0, len(keys), batch_size):
-        part = keys[start : start + batch_size]
-        denoiser = _denoiser(model, classes, slice(start, start + len(part)), guided, where)
+    for begin in range(0, len(keys), batch_size):
+        part = slice(begin, begin + batch_size)
         parts.append(
             run(
-                denoiser,
+                _denoiser(model, conditions, part, where),
                 table,
-                shape=(len(part), *model.sample_shape),
-                seeds=part,
+                shape=(len(keys[part]), *shape),
+                seeds=keys[part],
                 device=where,
                 dtype=precision,
-                guidance=guidance if guided else None,
+                guidance=guide,
+                image=None if start is None else start[part],
+                mask=None if kept is None else kept[part],
                 callback=callback,
                 progress=progress,
             )
@@ -89,23 +107,52 @@ def sample(
     return torch.cat(parts).clamp_(-1.0, 1.0)
 
 
+def _guidance(guidance: float | Guidance) -> Guidance | None:
+    """None where the plain conditional model is asked for."""
+    if isinstance(guidance, Guidance):
+        return guidance
+    return None if guidance == 1.0 else Guidance(scale=guidance)
+
+
+def _repeated(name: str, value: Tensor | None, samples: int, device: torch.device) -> Tensor | None:
+    """(N, ...) of what has one entry for each sample or one for all."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        raise InputError(f"{name}: expected a tensor (N, C, H, W) or (C, H, W), got {type(value).__name__}")
+    full = value if value.dim() == 4 else value.reshape((1,) * (4 - value.dim()) + tuple(value.shape))
+    if full.shape[0] not in (1, samples):
+        raise InputError(f"{name}: expected {samples}, one per seed, or one for all, got {full.shape[0]}")
+    return full.to(device).expand(samples, *full.shape[1:])
+
+
 def _denoiser(
-    model: Model, classes: list[int] | None, part: slice, guided: bool, device: torch.device
+    model: Model, conditions: list[list[int]] | None, part: slice, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    if classes is None:
+    """The network with the labels of each group: [uncond; cond_1; ...], or the first condition alone."""
+    if conditions is None:
         return lambda x, t: model.network(x, t)
-    values = classes[part]
-    if guided and model.null_label is not None:
-        values = [model.null_label] * len(values) + values
-    labels = torch.tensor(values, dtype=torch.int64, device=device)
-    return lambda x, t: model.network(x, t, class_labels=labels)
+    values = [condition[part] for condition in conditions]
+    plain = torch.tensor(values[0], dtype=torch.int64, device=device)
+    samples = len(values[0])
+    if model.null_label is None:
+        return lambda x, t: model.network(x, t, class_labels=plain)
+    groups = [[model.null_label] * samples, *values]
+    every = torch.tensor([label for group in groups for label in group], dtype=torch.int64, device=device)
+    return lambda x, t: model.network(x, t, class_labels=plain if len(x) == samples else every)
 
 
-def _classes(model: Model, labels: Iterable[int] | None, samples: int, guidance: float) -> list[int] | None:
-    """The class of each sample; None for a network that has no classes."""
-    if guidance != 1.0 and (labels is None or model.null_label is None):
+def _conditions(
+    model: Model,
+    labels: Iterable[int] | Sequence[Iterable[int]] | None,
+    samples: int,
+    guidance: Guidance | None,
+) -> list[list[int]] | None:
+    """The classes of each sample, a list for each condition; None for a network that has no classes."""
+    scales = () if guidance is None else guidance.scales
+    if scales and (labels is None or model.null_label is None):
         reason = "labels is None" if labels is None else "the model was trained without dropping labels"
-        raise InputError(f"guidance: expected 1.0 because {reason}, got {guidance!r}")
+        raise InputError(f"guidance: expected 1.0 because {reason}, got {scales[0] if len(scales) == 1 else scales}")
     if model.num_classes is None:
         if labels is not None:
             raise InputError("labels: expected None because the model has no classes; leave them out")
@@ -113,13 +160,24 @@ def _classes(model: Model, labels: Iterable[int] | None, samples: int, guidance:
     if labels is None:
         if model.null_label is None:
             raise InputError(f"labels: expected one class from 0 to {model.num_classes - 1} per seed, got None")
-        return [model.null_label] * samples
-    classes = integers("labels", labels)
+        return [[model.null_label] * samples]
+    if len(scales) < 2:
+        return [_classes("labels", labels, samples, model.num_classes)]
+    several = list(labels)
+    if len(several) != len(scales):
+        raise InputError(f"labels: expected {len(scales)} lists, one for each scale of guidance, got {len(several)}")
+    return [
+        _classes(f"labels[{index}]", condition, samples, model.num_classes) for index, condition in enumerate(several)
+    ]
+
+
+def _classes(name: str, labels: Any, samples: int, number: int) -> list[int]:
+    classes = integers(name, labels)
     if len(classes) != samples:
-        raise InputError(f"labels: expected {samples}, one per seed, got {len(classes)}")
+        raise InputError(f"{name}: expected {samples}, one per seed, got {len(classes)}")
     for index, label in enumerate(classes):
-        if not 0 <= label < model.num_classes:
-            raise InputError(f"labels[{index}]: expected a class from 0 to {model.num_classes - 1}, got {label}")
+        if not 0 <= label < number:
+            raise InputError(f"{name}[{index}]: expected a class from 0 to {number - 1}, got {label}")
     return classes
 
 

@@ -74,6 +74,7 @@ class Row:
 class RowUse:
     """What a row reads and writes, as the engine has to know it without looking at a device."""
 
+    data: bool
     noise: bool
     anchor: bool
     history: int
@@ -146,6 +147,7 @@ def _use(row: Array) -> RowUse:
     blocks = row[NEW_X], row[NEW_HISTORY], row[NEW_ANCHOR]
     read = {name for block in blocks for name, value in zip(INPUTS, block.tolist(), strict=True) if value != 0.0}
     return RowUse(
+        data="D" in read,
         noise="noise" in read,
         anchor="anchor" in read,
         history=max((number for number in (1, 2, 3) if f"hist{number}" in read), default=0),

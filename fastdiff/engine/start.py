@@ -1,0 +1,77 @@
+"""How a run begins: from noise, from a state, from an image; and what it keeps of an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops, samplers
+from fastdiff.errors import InputError
+from fastdiff.noise import STREAM_INITIAL
+from fastdiff.samplers.table import StepTable
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An image of the batch's shape and where it is kept: mask is 1 where the sample is made, None everywhere."""
+
+    image: Tensor | None
+    mask: Tensor | None
+
+
+def keep(image: Tensor | None, mask: Tensor | None, table: StepTable, shape: tuple[int, ...], keys: Tensor) -> Kept:
+    """The image and the mask as the step takes them; InputError where they do not fit the batch or the method."""
+    if image is None:
+        if mask is not None:
+            raise InputError("mask: expected None without an image to keep; pass image")
+        return Kept(None, None)
+    reason = samplers.find(table.method).no_image
+    if reason is not None:
+        raise InputError(f"image: {table.method} cannot start from an image or keep parts of one: {reason}")
+    _check("image", image, keys)
+    if image.shape != shape:
+        raise InputError(f"image: expected the batch's shape {shape}, got {tuple(image.shape)}")
+    if image.dtype != torch.float32:
+        raise InputError(f"image: expected float32, got {image.dtype}; convert it")
+    return Kept(image.contiguous(), None if mask is None else _mask(mask, shape, keys))
+
+
+def _mask(mask: Tensor, shape: tuple[int, ...], keys: Tensor) -> Tensor:
+    """float32 (1 or N, 1 or C, *spatial)."""
+    _check("mask", mask, keys)
+    missing = len(shape) - mask.dim()
+    full = (1,) * missing + tuple(mask.shape)
+    if missing < 0 or any(have not in (1, want) for have, want in zip(full, shape, strict=True)):
+        raise InputError(f"mask: expected a shape that broadcasts to {shape}, got {tuple(mask.shape)}")
+    values = mask.reshape(full).to(torch.float32).expand(*full[:2], *shape[2:])
+    return values.contiguous()
+
+
+def _check(name: str, value: object, keys: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.device != keys.device:
+        raise InputError(f"{name}: expected a tensor on {keys.device}, got one on {value.device}; move it")
+
+
+def begin(x: Tensor | None, kept: Kept, table: StepTable, shape: tuple[int, ...], keys: Tensor) -> Tensor:
+    """The first state: x itself, the noised image, or noise."""
+    signal, noise = table.init_level
+    if x is not None:
+        if x.shape != shape or x.dtype != torch.float32 or x.device != keys.device:
+            got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            raise InputError(f"x: expected float32 {shape} on {keys.device}, got {got}; convert it")
+        return x
+    if kept.image is None:
+        if noise == 0.0:
+            raise InputError(f"image: {table.method} goes from an image to noise; pass image")
+        return ops.philox_normal(keys, shape, stream=STREAM_INITIAL).mul_(table.init_scale)
+    alpha, sigma = (torch.full((len(keys),), value, device=keys.device) for value in (signal, noise))
+    noised = ops.add_noise(kept.image, alpha, sigma, seeds=keys)
+    if kept.mask is None or table.grid.skipped > 0:
+        return noised
+    # Nothing of the image is to shine through where the sample is made.
+    made = ops.philox_normal(keys, shape, stream=STREAM_INITIAL).mul_(table.init_scale)
+    return torch.where(kept.mask == 0.0, noised, torch.lerp(noised, made, kept.mask))
