@@ -1,0 +1,80 @@
+"""Every method of the registry in the loop: against the float64 interpreter, from an image, with a kept part."""
+
+import numpy as np
+import pytest
+import torch
+from interpret import solve
+
+import fastdiff
+from fastdiff import ops, samplers, schedules
+from fastdiff.errors import InputError
+from fastdiff.noise import STREAM_INITIAL, STREAM_STEP, seed_tensor
+
+SHAPE = (2, 2, 4, 5)
+SEEDS = [4, -2]
+STEPS = 6
+IMAGE = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1)) * 2.0 - 1.0
+MASK = torch.zeros(SHAPE[2:])
+MASK[:, 3:] = 1.0
+FROM_NOISE = [name for name, info in samplers.methods().items() if not getattr(info, "inverse", False)]
+SCHEDULES = {"flow": schedules.flow(1000), "ve": schedules.edm(1000), "vp": schedules.linear(1000)}
+
+
+def table(method: str, **options) -> samplers.StepTable:
+    kinds = samplers.methods()[method].kinds or ("vp",)
+    schedule = SCHEDULES["vp" if "vp" in kinds else kinds[0]]
+    return samplers.build(method, schedule=schedule, steps=STEPS, prediction="sample", **options)
+
+
+def denoiser(x, t):
+    """A bounded, wavy data prediction, in NumPy or torch; twice the channels are its variance channels."""
+    if isinstance(x, np.ndarray):
+        return 0.8 * np.sin(1.5 * x + 0.001 * t)
+    return 0.8 * torch.sin(1.5 * x + 0.001 * t.reshape(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("method", FROM_NOISE)
+def test_the_loop_is_the_table(method):
+    """float32 with compiled kernels against float64 NumPy, the same noise: relative error 1e-5."""
+    steps, keys = table(method, clip=0.7), seed_tensor(SEEDS)
+    if steps.snr.any():
+        pytest.skip("its Langevin steps have tests of their own")
+
+    def noise(row: int) -> np.ndarray:
+        return ops.philox_normal(keys, SHAPE, step=row, stream=STREAM_STEP).double().numpy()
+
+    start = steps.init_scale * ops.philox_normal(keys, SHAPE, stream=STREAM_INITIAL).double().numpy()
+    expected = solve(denoiser, steps, start, noise)
+    found = fastdiff.run(denoiser, steps, shape=SHAPE, seeds=SEEDS).double().numpy()
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("method", FROM_NOISE)
+def test_a_part_of_an_image_is_kept(method):
+    arguments = {"seeds": SEEDS, "image": IMAGE, "mask": MASK}
+    reason = samplers.methods()[method].no_image
+    if reason is not None:
+        with pytest.raises(InputError, match="cannot start from an image or keep parts of one"):
+            fastdiff.run(denoiser, table(method), **arguments)
+        return
+    found = fastdiff.run(denoiser, table(method), **arguments)
+    assert torch.equal(found[..., :3], IMAGE[..., :3])
+    assert torch.isfinite(found).all()
+    assert not torch.isclose(found[..., 3:], IMAGE[..., 3:]).any()
+
+
+@pytest.mark.parametrize("method", [name for name in FROM_NOISE if samplers.methods()[name].no_image is None])
+def test_the_last_half_of_the_steps_starts_from_a_noised_image(method):
+    half, states = table(method, strength=0.5), []
+    assert half.grid.steps == STEPS // 2
+    signal, noise = half.init_level
+    assert noise < table(method).init_level[1] or signal > table(method).init_level[0]
+
+    def remember(x, t):
+        states.append(x)
+        return denoiser(x, t)
+
+    fastdiff.run(remember, half, seeds=SEEDS, image=IMAGE)
+    drawn = ops.philox_normal(seed_tensor(SEEDS), SHAPE, stream=STREAM_INITIAL)
+    expected = half.first_input_scale * (signal * IMAGE + noise * drawn)
+    torch.testing.assert_close(states[0], expected, rtol=1e-5, atol=1e-5)
