@@ -66,7 +66,8 @@ def test_a_part_of_an_image_is_kept(method):
 @pytest.mark.parametrize("method", [name for name in FROM_NOISE if samplers.methods()[name].no_image is None])
 def test_the_last_half_of_the_steps_starts_from_a_noised_image(method):
     half, states = table(method, strength=0.5), []
-    assert half.grid.steps == STEPS // 2
+    # LCM and TCD take all their steps within the part that is left.
+    assert half.grid.steps == (STEPS if method in ("lcm", "tcd") else STEPS // 2)
     signal, noise = half.init_level
     assert noise < table(method).init_level[1] or signal > table(method).init_level[0]
 
