@@ -17,7 +17,7 @@ from fastdiff.schedules import Schedule
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
 
 # Changes of the schedule that a file may ask for and that its plain reading would leave out.
-_REFUSED = ("rescale_betas_zero_snr", "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "thresholding")
+_REFUSED = ("use_dynamic_shifting", "shift_terminal", "invert_sigmas", "thresholding")
 
 
 def prediction(config: Mapping[str, Any]) -> str:
@@ -44,8 +44,14 @@ def schedule(config: Mapping[str, Any]) -> Schedule:
     steps = config.get("num_train_timesteps", 1000)
     if _is_flow(config):
         return schedules.flow(steps, shift=config.get("shift", config.get("flow_shift", 1.0)))
+    plain = _vp(config, steps)
+    return schedules.zero_terminal_snr(plain) if config.get("rescale_betas_zero_snr") else plain
+
+
+def _vp(config: Mapping[str, Any], steps: int) -> Schedule:
     if config.get("trained_betas") is not None:
-        return _custom(np.asarray(config["trained_betas"], dtype=np.float64))
+        betas = np.asarray(config["trained_betas"], dtype=np.float64)
+        return schedules.custom(np.cumprod(1.0 - betas))
     kind = config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     if kind == "linear":
@@ -55,13 +61,11 @@ def schedule(config: Mapping[str, Any]) -> Schedule:
     if kind == "squaredcos_cap_v2":
         return schedules.cosine(steps)
     if kind == "sigmoid":
-        return _custom(start + (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, steps))))
+        return schedules.sigmoid(steps, beta_start=start, beta_end=end)
+    if kind == "laplace":
+        return schedules.laplace(steps)
     raise InputError(f"scheduler: beta_schedule={kind!r} is not supported; pass schedule=")
 
 
 def _is_flow(config: Mapping[str, Any]) -> bool:
     return str(config.get("_class_name", "")).startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
-
-
-def _custom(betas: np.ndarray) -> Schedule:
-    return schedules.custom(np.cumprod(1.0 - betas))

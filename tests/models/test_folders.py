@@ -123,15 +123,17 @@ def test_a_shard_index_cannot_point_outside(folder, tmp_path):
         ),
         diffusers.PNDMScheduler(trained_betas=np.linspace(1e-4, 0.03, 50).tolist()),
         diffusers.EulerDiscreteScheduler(prediction_type="sample"),
+        diffusers.DDPMScheduler(beta_schedule="laplace"),
+        diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
     ],
-    ids=["ddpm", "sigmoid", "latent", "cosine-v", "trained-betas", "euler"],
+    ids=["ddpm", "sigmoid", "latent", "cosine-v", "trained-betas", "euler", "laplace", "zero-snr"],
 )
 def test_the_schedule_is_the_librarys(folder, scheduler):
     scheduler.save_pretrained(folder)
     model = load_model(folder)
     truth = torch.cumprod(1.0 - scheduler.betas.double(), dim=0).numpy()
     # The library computes its betas in float32.
-    np.testing.assert_allclose(model.schedule.alphas**2, truth, rtol=2e-4)
+    np.testing.assert_allclose(model.schedule.alphas**2, truth, rtol=2e-4, atol=1e-7)
     expected = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}[scheduler.config.prediction_type]
     assert model.prediction == expected
     assert model.clip == (scheduler.config.clip_sample_range if scheduler.config.get("clip_sample") else None)
@@ -148,8 +150,8 @@ def test_a_flow_schedule(folder):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rescale_betas_zero_snr", True),
-        ("beta_schedule", "laplace"),
+        ("shift_terminal", 0.1),
+        ("beta_schedule", "geometric"),
         ("prediction_type", "score"),
         ("num_train_timesteps", "many"),
         ("beta_start", -1),
