@@ -1,26 +1,43 @@
-"""Euler and Euler ancestral in y = x / alpha = x_0 + r epsilon, r = sigma / alpha.
+"""Euler, with stochastic churn, and Euler ancestral in y = x / alpha = x_0 + r epsilon, r = sigma / alpha.
 
-Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 2 without churn; the
-ancestral step is that of k-diffusion (Katherine Crowson).
+Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 2; the ancestral step
+is that of k-diffusion (Katherine Crowson).
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
+from fastdiff.samplers.churn import CHURN_OPTIONS, Churn, churn_from
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
 
 INITIAL_STATES = ("unit", "sigma")
 
 
-def euler(problem: Problem, *, initial: str = "unit") -> StepTable:
-    """y' = (r'/r) y + (1 - r'/r) D.
+def euler(
+    problem: Problem,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    initial: str = "unit",
+) -> StepTable:
+    """y' = (r'/r) y + (1 - r'/r) D, where churn has raised y and r (`churn.Churn`).
 
+    s_churn, s_tmin, s_tmax, s_noise   those of `churn.Churn`
     initial     "unit": the network's first input has variance 1, as the schedule's x_T has; "sigma": y starts with
                 standard deviation r (diffusers with linspace and trailing spacing).
     """
-    return scaled_table("euler", problem, _ancestral_rows(problem, 0.0, 0.0), initial=initial)
+    chosen = churn_from("euler", s_churn, s_tmin, s_tmax, s_noise)
+    return scaled_table("euler", problem, _rows(problem, chosen), initial=initial, churn=chosen)
+
+
+def _rows(problem: Problem, chosen: Churn) -> Iterator[Row]:
+    for step in chosen.steps(problem):
+        shrink = step.end.ratio / step.start.ratio
+        yield make_row(problem, step.start, step.raised({"x": shrink, "D": 1.0 - shrink}), to=step.to)
 
 
 def euler_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1.0, initial: str = "unit") -> StepTable:
@@ -46,11 +63,14 @@ def ancestral_step(r: float, r1: float, eta: float) -> tuple[float, float]:
     return math.sqrt(max(r1**2 - up**2, 0.0)), up
 
 
-def scaled_table(method: str, problem: Problem, rows: Iterable[Row], *, initial: str = "unit") -> StepTable:
+def scaled_table(
+    method: str, problem: Problem, rows: Iterable[Row], *, initial: str = "unit", churn: Churn | None = None
+) -> StepTable:
     """The table of a method whose state is y = x / alpha."""
     choice(method, "initial", initial, INITIAL_STATES)
-    scale = problem.points(scaled=True)[0].ratio if initial == "sigma" else None
-    return make_table(method, problem, rows, init_scale=scale)
+    first = problem.points(scaled=True)[0]
+    scale = first.ratio if initial == "sigma" else first.init_scale
+    return make_table(method, problem, rows, init_scale=churn.init_scale(problem, scale) if churn else scale)
 
 
 DIFFUSERS = {"spacing": "linspace", "integer": False, "interpolation": "linear", "initial": "sigma"}
@@ -62,7 +82,7 @@ EULER = MethodInfo(
     stochastic=False,
     evaluations_per_step=1,
     history=0,
-    options={"initial": "unit"},
+    options={**CHURN_OPTIONS, "initial": "unit"},
     diffusers=DIFFUSERS,
     rows=euler,
 )
