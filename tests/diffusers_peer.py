@@ -32,6 +32,12 @@ CLASSES = {
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
     "flow_euler": "FlowMatchEulerDiscreteScheduler",
+    "ddim_inverse": "DDIMInverseScheduler",
+    "pndm": "PNDMScheduler",
+    "plms": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
 }
 
 
@@ -59,6 +65,8 @@ def scheduler_for(method: str, schedule: str, prediction: str, **config: Any) ->
         return diffusers.FlowMatchEulerDiscreteScheduler(1000, **config)
     if method == "dpmpp_2m_sde":
         config = {"algorithm_type": "sde-dpmsolver++", **config}
+    if method == "plms":
+        config = {"skip_prk_steps": True, **config}
     options = {**SCHEDULES[schedule], "prediction_type": PREDICTIONS[prediction], **config}
     return getattr(diffusers, CLASSES[method])(1000, **options)
 

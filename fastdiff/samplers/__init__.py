@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdiff import parameterization
 from fastdiff.errors import InputError
-from fastdiff.samplers import ddim, ddpm, dpmpp, euler, flow, grid, heun
+from fastdiff.samplers import ddim, ddpm, dpm2, dpmpp, euler, flow, grid, heun, ipndm, lms, pndm, restart
 from fastdiff.samplers.grid import GRID_OPTIONS, Grid
 from fastdiff.samplers.problem import Problem, Threshold
 from fastdiff.samplers.table import MethodInfo, StepTable
@@ -21,10 +21,19 @@ _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
         info.name: info
         for info in (
             ddpm.INFO,
-            ddim.INFO,
+            ddim.DDIM,
+            ddim.DDIM_INVERSE,
+            pndm.PNDM,
+            pndm.PLMS,
+            ipndm.IPNDM,
+            ipndm.IPNDM_V,
+            lms.INFO,
             euler.EULER,
             euler.EULER_ANCESTRAL,
             heun.INFO,
+            dpm2.DPM2,
+            dpm2.DPM2_ANCESTRAL,
+            restart.INFO,
             dpmpp.DPMPP_2M,
             dpmpp.DPMPP_2M_SDE,
             flow.INFO,
@@ -92,6 +101,7 @@ def build(
     if all(options.get(name) is None for name in ("spacing", "timesteps", "sigmas")):
         options = {**info.grid, **{name: value for name, value in options.items() if name != "spacing"}}
     points = grid.build(schedule, steps, grid.options_from(options))
+    points = points.reversed() if info.inverse else points
     return info.rows(Problem(schedule, points, prediction, clip, threshold), **options)
 
 

@@ -1,13 +1,16 @@
-"""DDIM. Song et al. 2021, "Denoising Diffusion Implicit Models", equations 12 and 16."""
+"""DDIM and its inverse. Song et al. 2021, "Denoising Diffusion Implicit Models", equations 12, 14 and 16."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
+from fastdiff.samplers.terms import ddim_step, epsilon, total
 
 PREVIOUS = ("grid", "stride")
+TOLD = ("start", "end")
 
 
 def ddim(
@@ -29,24 +32,53 @@ def ddim(
 def _rows(problem: Problem, eta: float, clipped_epsilon: bool, stride: bool) -> Iterator[Row]:
     points = problem.points()
     for start, following in pairwise(points):
-        end = _stride_end(problem, start, points[-1]) if stride else following
+        end = stride_end(problem, start, points[-1]) if stride else following
         alpha, sigma = start.alpha, start.sigma
         forward = max(sigma**2 - (alpha / end.alpha * end.sigma) ** 2, 0.0)
         std = eta * end.sigma / sigma * math.sqrt(forward)
         direction = math.sqrt(max(end.sigma**2 - std**2, 0.0))
-        if problem.bounded and clipped_epsilon:
-            new_x = {"x": direction / sigma, "D": end.alpha - direction * alpha / sigma}
-        else:
-            new_x = {"x": direction * start.noise.x, "m": direction * start.noise.m, "D": end.alpha}
-        yield make_row(problem, start, {**new_x, "noise": std}, to=end)
+        noise = epsilon(problem, start, clipped=clipped_epsilon)
+        new_x = total((end.alpha, {"D": 1.0}), (direction, noise), (std, {"noise": 1.0}))
+        yield make_row(problem, start, new_x, to=end)
 
 
-def _stride_end(problem: Problem, start: Point, last: Point) -> Point:
-    t = start.timestep - problem.schedule.steps // (problem.grid.skipped + problem.grid.steps)
+def stride(problem: Problem) -> int:
+    """diffusers' length of a step, T // steps, of the whole grid."""
+    return problem.schedule.steps // (problem.grid.skipped + problem.grid.steps)
+
+
+def stride_end(problem: Problem, start: Point, last: Point) -> Point:
+    """Where a step of that length ends: `last` where that is before the first timestep."""
+    t = start.timestep - stride(problem)
     return last if t < 0 else problem.at_timestep(t)
 
 
-INFO = MethodInfo(
+def ddim_inverse(
+    problem: Problem, *, told: str = "start", clipped_epsilon: bool = True, previous_timestep: str = "grid"
+) -> StepTable:
+    """x' = alpha' D + sigma' epsilon up a rising grid, from an image to its noise: `ddim` with eta = 0 backwards.
+
+    told                what the network is told at (x, t) in a step to t': "start": t. "end": t', as diffusers does,
+                        which is where `ddim` calls it on the way back.
+    clipped_epsilon     that of `ddim`
+    previous_timestep   "stride": a step to t' starts from the level of t' - T // steps, as in diffusers
+    """
+    choice("ddim_inverse", "told", told, TOLD)
+    choice("ddim_inverse", "previous_timestep", previous_timestep, PREVIOUS)
+    rows = _inverse_rows(problem, told == "end", clipped_epsilon, previous_timestep == "stride")
+    return make_table("ddim_inverse", problem, rows)
+
+
+def _inverse_rows(problem: Problem, at_end: bool, clipped_epsilon: bool, stride: bool) -> Iterator[Row]:
+    points = problem.points()
+    for preceding, end in pairwise(points):
+        start = stride_end(problem, end, points[0]) if stride else preceding
+        if at_end:
+            start = replace(start, timestep=end.timestep)
+        yield make_row(problem, start, ddim_step(end, epsilon(problem, start, clipped=clipped_epsilon)), to=end)
+
+
+DDIM = MethodInfo(
     name="ddim",
     paper="Song et al. 2021, Denoising Diffusion Implicit Models",
     order=1,
@@ -56,4 +88,22 @@ INFO = MethodInfo(
     options={"eta": 0.0, "clipped_epsilon": True, "previous_timestep": "grid"},
     diffusers={"spacing": "leading", "clip": 1.0, "clipped_epsilon": False, "previous_timestep": "stride"},
     rows=ddim,
+)
+DDIM_INVERSE = MethodInfo(
+    name="ddim_inverse",
+    paper="Song et al. 2021, Denoising Diffusion Implicit Models",
+    order=1,
+    stochastic=False,
+    evaluations_per_step=1,
+    history=0,
+    options={"told": "start", "clipped_epsilon": True, "previous_timestep": "grid"},
+    diffusers={
+        "spacing": "leading",
+        "clip": 1.0,
+        "told": "end",
+        "clipped_epsilon": False,
+        "previous_timestep": "stride",
+    },
+    rows=ddim_inverse,
+    inverse=True,
 )

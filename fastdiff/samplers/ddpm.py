@@ -1,4 +1,8 @@
-"""DDPM: ancestral sampling. Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equations 6 and 7."""
+"""DDPM: ancestral sampling.
+
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equations 6 and 7; learned variances: Nichol and Dhariwal
+2021, "Improved Denoising Diffusion Probabilistic Models", equation 15.
+"""
 
 import math
 from collections.abc import Iterator
@@ -7,15 +11,20 @@ from itertools import pairwise
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, make_row, make_table
 
-VARIANCES = ("fixed_small", "fixed_large")
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+SMALLEST = 1e-20
 
 
 def ddpm(problem: Problem, *, variance: str = "fixed_small") -> StepTable:
     """x' = (a v'/v) x + (alpha' f/v) D + std z, a = alpha/alpha', v = sigma^2, v' = sigma'^2, f = v - a^2 v'.
 
-    f is the variance that the forward process adds from x' to x. variance: "fixed_small" is the posterior's,
-    std^2 = f v'/v; "fixed_large" is std^2 = f. The step that ends at sigma' = 0 adds no noise; diffusers adds it to
-    "fixed_large" unless that step starts at timestep 0.
+    f is the variance that the forward process adds from x' to x. The step that ends at sigma' = 0 adds no noise;
+    diffusers adds it there to all but "fixed_small", unless that step starts at timestep 0.
+    variance    "fixed_small": the posterior's, std^2 = f v'/v. "fixed_large": std^2 = f. With w the network's variance
+                channels: "learned_range": std^2 is f^c (f v'/v)^(1 - c), c = (1 + w)/2, w in [-1, 1], the smaller
+                variance at least 1e-20; "learned": std^2 = e^w.
+    diffusers' fixed_small_log is "fixed_small"; its fixed_large_log takes the root of a logarithm, which is no number;
+    its "learned" takes w itself as the variance, so that a network for it has to be wrapped in a logarithm here.
     """
     choice("ddpm", "variance", variance, VARIANCES)
     return make_table("ddpm", problem, _rows(problem, variance))
@@ -25,9 +34,19 @@ def _rows(problem: Problem, variance: str) -> Iterator[Row]:
     for start, end in pairwise(problem.points()):
         a, v, v1 = start.alpha / end.alpha, start.sigma**2, end.sigma**2
         f = max(v - a * a * v1, 0.0)
-        std = math.sqrt(f * v1 / v) if variance == "fixed_small" or v1 == 0.0 else math.sqrt(f)
+        std, slope = _noise(variance, f * v1 / v, f) if v1 > 0.0 else (0.0, 0.0)
         new_x = {"x": a * v1 / v, "D": end.alpha * f / v, "noise": std}
-        yield make_row(problem, start, new_x, to=end)
+        yield make_row(problem, start, new_x, to=end, variance=slope)
+
+
+def _noise(variance: str, small: float, large: float) -> tuple[float, float]:
+    """(std, s): the noise is std e^(s w) z."""
+    if variance == "learned":
+        return 1.0, 0.5
+    if variance == "learned_range":
+        small, large = max(small, SMALLEST), max(large, SMALLEST)
+        return (small * large) ** 0.25, math.log(large / small) / 4.0
+    return math.sqrt(small if variance == "fixed_small" else large), 0.0
 
 
 INFO = MethodInfo(

@@ -91,7 +91,8 @@ def _check_points(grid: Grid, schedule: Schedule, options: GridOptions, spacing:
     ratios = grid.noise_ratios
     # endpoint=True on request repeats the end of the range as the final point: diffusers' "sigma_min" convention.
     inner = ratios[:-1] if options.endpoint and final == "schedule" else ratios
-    if not np.all(inner[1:] < inner[:-1]) or not ratios[-1] <= ratios[-2]:
+    # Interpolation may give the end of the range one rounding lower than the schedule itself has it.
+    if not np.all(inner[1:] < inner[:-1]) or not ratios[-1] <= ratios[-2] * (1.0 + 1e-12):
         raise InputError(
             f"steps: {grid.steps} steps do not fit between the {schedule.steps} timesteps of the schedule with these "
             "grid options; take fewer steps, integer=False, or final_sigma='zero'"

@@ -75,6 +75,8 @@ GRID_OPTIONS = tuple(field.name for field in fields(GridOptions))
 class Grid:
     """steps + 1 points; the last is where the final step ends. Arrays of shape (steps + 1,), float64.
 
+    The noise falls from point to point; it rises in the grid of an inverse method.
+
     timesteps       what the network is called with at each point (the last is only called by methods that look ahead)
     alphas, sigmas  x = alpha x_0 + sigma epsilon
     skipped         steps left out before the first, by `strength`
@@ -94,6 +96,15 @@ class Grid:
         """sigma / alpha; infinite where the schedule keeps no signal."""
         with np.errstate(divide="ignore"):
             return self.sigmas / self.alphas
+
+    @property
+    def rising(self) -> bool:
+        """Whether the points go from the data to the noise."""
+        return bool(self.noise_ratios[0] < self.noise_ratios[-1])
+
+    def reversed(self) -> "Grid":
+        """The same points from the last to the first."""
+        return Grid(self.timesteps[::-1].copy(), self.alphas[::-1].copy(), self.sigmas[::-1].copy(), self.skipped)
 
     def tail(self, steps: int) -> "Grid":
         """The last `steps` steps."""

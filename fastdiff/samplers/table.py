@@ -43,6 +43,7 @@ class MethodInfo:
     grid                   the grid's options where the caller names no spacing
     kinds                  of schedules that the method is defined on; empty: every kind
     no_image               why neither an image to start from nor one to keep parts of fits the method; None: both do
+    inverse                whether it goes from an image to its noise: the grid rises
     diffusers              what to pass to `build` for the numbers of that diffusers class with its own defaults
     """
 
@@ -57,6 +58,7 @@ class MethodInfo:
     grid: Mapping[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = ()
     no_image: str | None = None
+    inverse: bool = False
     diffusers: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -87,7 +89,8 @@ class StepTable:
     """rows (R, 32) as `fastdiff.ops.row` lays them out; timesteps (R,) what the network is called with before each.
 
     The state starts as init_scale * standard normal noise, or at init_level[0] * image + init_level[1] * noise, and the
-    network is given input_scale * state: first_input_scale before row 0, the row's own input_scale after it. After a
+    network is given input_scale * state: first_input_scale before row 0, the row's own input_scale after it. A table of
+    an inverse method starts from init_level[0] * image alone where its first level has no noise. After a
     row that writes history the slots turn (new, hist1, hist2); after a row that writes the anchor it is replaced.
 
     threshold          how D is bounded by its own size; None: only by the rows' clip
@@ -114,6 +117,11 @@ class StepTable:
     def steps(self) -> int:
         """Solver steps; `len(table)` counts model evaluations."""
         return self.grid.steps
+
+    @property
+    def inverse(self) -> bool:
+        """Whether the table goes from an image to its noise."""
+        return self.grid.rising
 
     @property
     def learned_variance(self) -> bool:
