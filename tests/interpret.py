@@ -4,7 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from fastdiff.ops.row import CLIP, GUIDANCE, INPUT_SCALE, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
+from fastdiff.ops.row import (
+    CLIP,
+    GUIDANCE,
+    INPUT_SCALE,
+    INPUTS,
+    NEW_ANCHOR,
+    NEW_HISTORY,
+    NEW_X,
+    PREDICTION,
+    VARIANCE,
+)
 from fastdiff.samplers import StepTable
 
 Array = np.ndarray
@@ -27,11 +37,14 @@ def apply_row(row: Array, x: Array, m: Array, anchor: Array | None, history: Seq
 def trajectory(
     denoiser: Denoiser, table: StepTable, x: Array, noise: Callable[[int], Array] | None = None
 ) -> Iterator[Array]:
-    """The state after each row, from the state x."""
+    """The state after each row, from the state x; where variances are learned, the denoiser gives (m, v)."""
     anchor, history, scale = None, [], table.first_input_scale
     for index, (row, t) in enumerate(zip(table.rows, table.timesteps, strict=True)):
         m = denoiser(scale * x, float(t))
         drawn = noise(index) if noise is not None and table.uses[index].noise else None
+        if table.learned_variance:
+            m, v = m
+            drawn = None if drawn is None else drawn * np.exp(row[VARIANCE] * v)
         x, new_history, new_anchor = apply_row(row, x, m, anchor, history, drawn)
         history = history if new_history is None else [new_history, *history[:2]]
         anchor = anchor if new_anchor is None else new_anchor

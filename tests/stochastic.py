@@ -35,8 +35,7 @@ def draw(method: str, *, noise_factor: float = 1.0, schedule: Schedule = SCHEDUL
     rows = table.rows.copy()
     for block in (NEW_X, NEW_ANCHOR):
         rows[:, block.start + INPUTS.index("noise")] *= noise_factor
-    start = mixture.sample(generator, COUNT, table.grid.alphas[0], table.grid.sigmas[0])
-    start *= table.init_level[1] / table.grid.sigmas[0]
+    start = mixture.sample(generator, COUNT, *table.init_level)
     return run(replace(table, rows=rows), start, lambda: generator.standard_normal(COUNT), schedule)
 
 

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
-from fastdiff.samplers.churn import CHURN_OPTIONS, Churn, churn_from
+from fastdiff.errors import InputError
+from fastdiff.samplers.churn import CHURN_OPTIONS, Churn, added_noise, churn_from
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
 
-INITIAL_STATES = ("unit", "sigma")
+INITIAL_STATES = ("unit", "sigma", "marginal")
+CHURN_CALLS = ("raised", "before")
 
 
 def euler(
@@ -22,15 +24,22 @@ def euler(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
+    churn_call: str = "raised",
     initial: str = "unit",
 ) -> StepTable:
     """y' = (r'/r) y + (1 - r'/r) D, where churn has raised y and r (`churn.Churn`).
 
     s_churn, s_tmin, s_tmax, s_noise   those of `churn.Churn`
-    initial     "unit": the network's first input has variance 1, as the schedule's x_T has; "sigma": y starts with
-                standard deviation r (diffusers with linspace and trailing spacing).
+    churn_call  "raised": the network is called at the raised state. "before": at the state without the fresh noise, and
+                its output is taken for that of the raised state, as diffusers does; for v, even D's two coefficients
+                are those of the lower level.
+    initial     of the noise to start with. "unit": the network's first input has variance 1, as x_T has where the
+                schedule keeps the variance; "sigma": y has standard deviation r (diffusers with linspace and trailing
+                spacing); "marginal": sqrt(1 + r^2), that of noised data of variance 1 (diffusers' EDM).
     """
     chosen = churn_from("euler", s_churn, s_tmin, s_tmax, s_noise)
+    if choice("euler", "churn_call", churn_call, CHURN_CALLS) == "before" and chosen.s_churn > 0.0:
+        return scaled_table("euler", problem, _rows_before(problem, chosen), initial=initial)
     return scaled_table("euler", problem, _rows(problem, chosen), initial=initial, churn=chosen)
 
 
@@ -38,6 +47,21 @@ def _rows(problem: Problem, chosen: Churn) -> Iterator[Row]:
     for step in chosen.steps(problem):
         shrink = step.end.ratio / step.start.ratio
         yield make_row(problem, step.start, step.raised({"x": shrink, "D": 1.0 - shrink}), to=step.to)
+
+
+def _rows_before(problem: Problem, chosen: Churn) -> Iterator[Row]:
+    if problem.bounded:
+        raise InputError(
+            "euler: churn_call: 'before' has no data prediction of the raised state that could be clipped; leave clip "
+            "and dynamic_threshold out, or take churn_call='raised'"
+        )
+    for start, end in pairwise(problem.points(scaled=True)):
+        raised = chosen.raise_level(problem, start)
+        shrink = end.ratio / raised.ratio
+        data = start.data if problem.prediction == "v" else raised.data
+        keep = shrink + (1.0 - shrink) * data.x
+        noise = keep * chosen.s_noise * added_noise(start, raised)
+        yield make_row(problem, start, {"x": keep, "m": (1.0 - shrink) * data.m, "noise": noise}, to=end)
 
 
 def euler_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1.0, initial: str = "unit") -> StepTable:
@@ -69,7 +93,7 @@ def scaled_table(
     """The table of a method whose state is y = x / alpha."""
     choice(method, "initial", initial, INITIAL_STATES)
     first = problem.points(scaled=True)[0]
-    scale = first.ratio if initial == "sigma" else first.init_scale
+    scale = {"unit": first.init_scale, "sigma": first.ratio, "marginal": math.hypot(1.0, first.ratio)}[initial]
     return make_table(method, problem, rows, init_scale=churn.init_scale(problem, scale) if churn else scale)
 
 
@@ -82,8 +106,8 @@ EULER = MethodInfo(
     stochastic=False,
     evaluations_per_step=1,
     history=0,
-    options={**CHURN_OPTIONS, "initial": "unit"},
-    diffusers=DIFFUSERS,
+    options={**CHURN_OPTIONS, "churn_call": "raised", "initial": "unit"},
+    diffusers={**DIFFUSERS, "churn_call": "before"},
     rows=euler,
 )
 EULER_ANCESTRAL = MethodInfo(

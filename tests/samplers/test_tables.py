@@ -190,26 +190,39 @@ def test_flow_euler(prediction):
         assert block(table, i) == pytest.approx({k: v for k, v in expected.items() if abs(v) > 1e-15}, rel=1e-12)
 
 
+def rows_of(info: samplers.MethodInfo, steps: int) -> int:
+    """How many rows a table of that many steps to the data has, with the method's own defaults."""
+    extra = {
+        "pndm": 3 * min(3, steps - 1),
+        "plms": min(1, steps - 1),
+        "restart": 18 * min(1, steps - 1),
+    }
+    return info.evaluations_per_step * (steps - 1) + 1 + extra.get(info.name, 0)
+
+
 @pytest.mark.parametrize("method", samplers.methods())
 def test_what_every_table_has_in_common(method):
     schedule = schedules.flow(1000) if method == "flow_euler" else schedules.cosine(1000)
     prediction = "flow" if method == "flow_euler" else "v"
     info = samplers.methods()[method]
-    for steps in (1, 2, 5, 20):
+    for steps in (1, 2, 3, 5, 20):
         table = samplers.build(method, schedule=schedule, steps=steps, prediction=prediction, clip=0.9)
-        assert len(table) == info.evaluations_per_step * steps - (info.evaluations_per_step - 1)
+        assert len(table) == rows_of(info, steps)
         assert (table.method, table.prediction, table.steps) == (method, prediction, steps)
+        assert table.inverse == info.inverse
         assert table.rows.dtype == np.float64
         assert (table.rows[:, GUIDANCE] == 1.0).all()
         assert (table.rows[:, CLIP] == 0.9).all()
         assert (table.rows[:, VARIANCE] == 0.0).all()
-        assert tuple(table.rows[-1, KNOWN]) == (1.0, 0.0)
         uses = table.uses
+        data = table.init_level if info.inverse else tuple(table.rows[-1, KNOWN])
+        assert data == (1.0, 0.0)
         assert any(use.noise for use in uses) == (info.stochastic and steps > 1)
-        assert max(use.history for use in uses) == (info.history if steps > 2 else 0)
+        read = max(use.history for use in uses)
+        assert read == info.history if steps == 20 else read <= info.history
         assert not uses[-1].new_history
         assert not uses[-1].noise
-        assert table.grid.sigmas[-1] == 0.0
+        assert table.grid.sigmas[0 if info.inverse else -1] == 0.0
         with pytest.raises(ValueError, match="read-only"):
             table.rows[0, 0] = 3.0
 
@@ -237,7 +250,7 @@ FLOW = schedules.flow(1000)
         ("euler", {"eta": 1.0}, "euler: no option 'eta'"),
         ("ddim", {"eta": 1.5}, "eta: expected a number from 0 to 1, got 1.5"),
         ("ddim", {"previous_timestep": "next"}, "previous_timestep: expected one of grid, stride"),
-        ("ddpm", {"variance": "learned"}, "variance: expected one of fixed_small, fixed_large"),
+        ("ddpm", {"variance": "small"}, "variance: expected one of fixed_small, fixed_large"),
         ("dpmpp_2m", {"solver": "euler"}, "solver: expected one of midpoint, heun"),
         ("heun", {"initial": "zero"}, "initial: expected one of unit, sigma"),
         ("euler_ancestral", {"s_noise": float("nan")}, "s_noise: expected a number"),
