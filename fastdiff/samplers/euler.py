@@ -83,8 +83,10 @@ def _ancestral_rows(problem: Problem, eta: float, s_noise: float) -> Iterator[Ro
 
 def ancestral_step(r: float, r1: float, eta: float) -> tuple[float, float]:
     """(d, u): r'^2 = d^2 + u^2, u = min(r', eta r' sqrt(1 - r'^2/r^2)): go down to d without noise, then add u z."""
-    up = min(r1, eta * r1 * math.sqrt(max(1.0 - (r1 / r) ** 2, 0.0)))
-    return math.sqrt(max(r1**2 - up**2, 0.0)), up
+    q = r1 / r
+    up = min(r1, eta * r1 * math.sqrt(max(1.0 - q * q, 0.0)))
+    # r'^2 - u^2 without the difference of two nearly equal numbers.
+    return r1 * math.sqrt(max((1.0 - eta) * (1.0 + eta) + (eta * q) ** 2, 0.0)), up
 
 
 def scaled_table(
