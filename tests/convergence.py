@@ -40,8 +40,27 @@ def error(
     return distance(samplers.build(method, schedule=schedule, steps=steps, prediction=prediction, **options), schedule)
 
 
+def graded_levels(steps: int, low: float = 0.05, high: float = 50.0) -> list[float]:
+    """Levels even in r^(1/7), the first step split into 15 that double: a start at low order leaves no error there."""
+    ramp = np.linspace(0.0, 1.0, steps + 1)
+    levels = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    first = high - (high - levels[1]) * 2.0 ** -np.arange(14, 0, -1)
+    return [high, *first.tolist(), *levels[1:].tolist()]
+
+
+def assert_graded_order(order: int, /, method: str, schedule: Schedule, prediction: str, **options: Any) -> None:
+    """`assert_order` on `graded_levels`."""
+    errors = []
+    for steps in (320, 640, 1280):
+        given = {"sigmas": graded_levels(steps), "final_sigma": "last", **options}
+        errors.append(distance(samplers.build(method, schedule=schedule, prediction=prediction, **given), schedule))
+    slopes = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert slopes[-1] == pytest.approx(order, abs=0.06), f"slopes {slopes}, errors {errors}"
+
+
 def assert_order(
     order: int,
+    /,
     method: str,
     schedule: Schedule,
     prediction: str,

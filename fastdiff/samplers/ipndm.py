@@ -35,10 +35,10 @@ def ipndm(problem: Problem, *, order: int = 4, lower_order_final: bool = True, f
 def ipndm_v(problem: Problem, *, order: int = 4, lower_order_final: bool = True, weights: str = "exact") -> StepTable:
     """The step of `ipndm` with weights for steps of any length in r = sigma / alpha.
 
-    weights     "exact": the integrals of the Lagrange polynomials, the same method as `lms`, but
-                that it starts where alpha = 0 and by default ends at order 1. "published": those of the released code
-                and of ComfyUI, which for orders 3 and 4 are right for equal steps only: a bracket is misplaced, and in
-                the oldest weight a quotient of steps is the wrong one, so that their sum is not 1.
+    weights     "exact": the integrals of the Lagrange polynomials; the same method as `lms`, but that it starts where
+                alpha = 0 and by default ends at order 1. "published": those of the released code and of ComfyUI, where
+                orders 3 and 4 have a misplaced bracket, and order 4 a wrong sign and, in its oldest weight, a wrong
+                quotient of steps: where steps differ these do not add up to 1, and order 4 falls to 2.
     order, lower_order_final   those of `ipndm`; the error of the first step, h^2, remains in the end, as for `lms`
     """
     whole("ipndm_v", "order", order, 1, 4)
@@ -66,7 +66,8 @@ def _order(points: Sequence[Point], i: int, order: int, lower_order_final: bool)
 
 def _exact(points: Sequence[Point], end: Point) -> tuple[float, ...]:
     # A slope at r = inf says nothing about the polynomial in r.
-    return lagrange_weights([point.ratio for point in points if math.isfinite(point.ratio)], end.ratio)
+    nodes = [point.ratio for point in points if math.isfinite(point.ratio)]
+    return lagrange_weights(nodes, end.ratio) if nodes else (1.0,)
 
 
 def _published(points: Sequence[Point], end: Point) -> tuple[float, ...]:
@@ -82,11 +83,11 @@ def _published(points: Sequence[Point], end: Point) -> tuple[float, ...]:
         g = (1.0 - h[0] / (3.0 * (h[0] + h[1])) * quotient) / 2.0
         weights = _add(weights, g, (1.0, -1.0 - h[1] / h[2], h[1] / h[2]))
     if len(h) > 3:
+        # The sum in g ought to be a difference, and the last weight -b h2 / h3.
         near, sums = h[0] + h[1], (h[1] + h[2], h[1] + h[2] + h[3])
         g = (1.0 - h[0] / (3.0 * near)) / 2.0 + (1.0 - h[0] / (2.0 * near)) * h[0] / (6.0 * (near + h[2]))
         g *= h[0] * near * (near + h[2]) / (h[1] * sums[0] * sums[1])
         a, b = h[1] / h[2], h[1] * sums[0] / (h[2] * (h[2] + h[3]))
-        # The last weight ought to be -b h2 / h3.
         weights = _add(weights, g, (1.0, -1.0 - a - b, a + b * (1.0 + h[2] / h[3]), -b * h[1] / h[2]))
     return tuple(weights)
 
