@@ -40,7 +40,8 @@ class ChurnedStep:
 class Churn:
     """r^ = (1 + gamma) r and y^ = y + s_noise sqrt(r^ ^2 - r^2) z before a step from y = x / alpha, r = sigma / alpha.
 
-    gamma = min(s_churn / steps, sqrt(2) - 1) where s_tmin <= r <= s_tmax, else 0. s_churn = 0 is no churn.
+    gamma = min(s_churn / steps, sqrt(2) - 1) where s_tmin <= r <= s_tmax, else 0. s_churn = 0 is no churn. The steps
+    are those of the whole grid, before `strength` takes the last of them.
     """
 
     s_churn: float
@@ -57,7 +58,8 @@ class Churn:
 
     def raise_level(self, problem: Problem, point: Point, *, scaled: bool = True) -> Point:
         """The point from which the step that begins at `point` starts; itself where there is no churn."""
-        gamma = min(self.s_churn / problem.grid.steps, math.sqrt(2.0) - 1.0)
+        grid = problem.grid
+        gamma = min(self.s_churn / (grid.skipped + grid.steps), math.sqrt(2.0) - 1.0)
         if gamma == 0.0 or not self.s_tmin <= point.ratio <= self.s_tmax or math.isinf(point.ratio):
             return point
         return problem.at_ratio((1.0 + gamma) * point.ratio, scaled=scaled)

@@ -42,14 +42,14 @@ def _rows(problem: Problem, eta: float, clipped_epsilon: bool, stride: bool) -> 
         yield make_row(problem, start, new_x, to=end)
 
 
-def stride(problem: Problem) -> int:
+def stride_length(problem: Problem) -> int:
     """diffusers' length of a step, T // steps, of the whole grid."""
     return problem.schedule.steps // (problem.grid.skipped + problem.grid.steps)
 
 
 def stride_end(problem: Problem, start: Point, last: Point) -> Point:
     """Where a step of that length ends: `last` where that is before the first timestep."""
-    t = start.timestep - stride(problem)
+    t = start.timestep - stride_length(problem)
     return last if t < 0 else problem.at_timestep(t)
 
 

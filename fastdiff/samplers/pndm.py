@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fastdiff.errors import InputError
-from fastdiff.samplers.ddim import PREVIOUS, stride_end
+from fastdiff.samplers.ddim import PREVIOUS, stride_end, stride_length
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, make_row, make_table
 from fastdiff.samplers.terms import ADAMS_BASHFORTH, ddim_step, epsilon, total
@@ -25,8 +25,10 @@ def pndm(problem: Problem, *, previous_timestep: str = "grid", combined: str = "
     (phi(x, k2), t_mid), k4 at (phi(x, k3), t'), and x' = phi(x, (k1 + 2 k2 + 2 k3 + k4)/6); t_mid is halfway in t. A
     step from alpha = 0 or to sigma' = 0 has no such calls and takes the predictions it has, with the weights of a lower
     order. phi is exact for a constant e only, so the order of convergence is 2 (the paper's theorem 2).
-    previous_timestep   that of `ddim`; "stride" also puts t_mid at t - T // steps // 2, as diffusers does. Its two
-                middles differ where T // steps is odd: k2 is then taken at a state one timestep above the t it is told
+    previous_timestep   "grid": a step ends where the next begins. "stride": where diffusers has it end, which is the
+                same for the spacing "leading" and an even T // steps. Else its Runge-Kutta steps take k2 at a state of
+                t - T // steps // 2, but tell the network, and have k3, at t' + T // steps // 2; its other steps end
+                at t - T // steps, and the corrected one of `plms` starts again at t' + T // steps
     combined    "noise": the weighted sum is of noise predictions. "output": of the network's outputs as they are, and
                 its noise prediction is taken at x, as diffusers does; that is another sum where the outputs are v
     """
@@ -81,11 +83,11 @@ def _rows(solver: _Solver, runge_kutta: bool) -> Iterator[Row]:
     points = problem.points()
     for i, (start, following) in enumerate(pairwise(points)):
         end = stride_end(problem, start, points[-1]) if solver.stride else following
-        last, inside = i + 1 == steps, start.alpha > 0.0 and end.sigma > 0.0
+        last, inside = i + 1 == steps, start.alpha > 0.0 and following.sigma > 0.0
         if runge_kutta and inside and i < RUNGE_KUTTA_STEPS:
-            yield from _runge_kutta(solver, start, end)
+            yield from _runge_kutta(solver, start, following)
         elif not runge_kutta and inside and i == 0 and not last:
-            yield from _corrected(solver, start, end)
+            yield from _corrected(solver, start, end, following)
         else:
             yield _multistep(solver, start, end, earlier=min(i, 3), keep=not last)
 
@@ -102,13 +104,17 @@ def _multistep(solver: _Solver, start: Point, end: Point, *, earlier: int, keep:
     return make_row(solver.problem, start, new_x, to=end, history=slope if keep else None)
 
 
-def _corrected(solver: _Solver, start: Point, end: Point) -> Iterator[Row]:
-    """Two rows: the step, and the step again from the anchor, which has the first slope's half in it already."""
-    (a, b), first, second = solver.phi(start, end), solver.slope(start), solver.slope(end)
-    predicted = total((a, {"x": 1.0}), (b, first))
-    halfway = total((a, {"x": 1.0}), (b / 2, first))
-    yield make_row(solver.problem, start, predicted, to=end, anchor=halfway, history=first)
-    yield make_row(solver.problem, end, total((1.0, {"anchor": 1.0}), (b / 2, second)), to=end)
+def _corrected(solver: _Solver, start: Point, end: Point, following: Point) -> Iterator[Row]:
+    """Two rows: the step to `end`, and the step again from the anchor, which has the first slope's half in it."""
+    problem, again = solver.problem, start
+    if solver.stride:
+        end = replace(end, timestep=following.timestep)
+        again = problem.at_timestep(following.timestep + stride_length(problem))
+    first, second = solver.slope(start), solver.slope(end)
+    (a, b), (a_again, b_again) = solver.phi(start, end), solver.phi(again, following)
+    halfway = total((a_again, {"x": 1.0}), (b_again / 2, first))
+    yield make_row(problem, start, total((a, {"x": 1.0}), (b, first)), to=end, anchor=halfway, history=first)
+    yield make_row(problem, end, total((1.0, {"anchor": 1.0}), (b_again / 2, second)), to=following)
 
 
 def _runge_kutta(solver: _Solver, start: Point, end: Point) -> Iterator[Row]:
@@ -134,9 +140,9 @@ def _middles(solver: _Solver, start: Point, end: Point) -> tuple[Point, Point]:
     if not solver.stride:
         middle = problem.at_timestep(0.5 * (start.timestep + end.timestep))
         return middle, middle
-    stride = problem.schedule.steps // problem.grid.steps
-    second = problem.at_timestep(start.timestep - stride + stride // 2)
-    return replace(problem.at_timestep(start.timestep - stride // 2), timestep=second.timestep), second
+    half = stride_length(problem) // 2
+    second = problem.at_timestep(end.timestep + half)
+    return replace(problem.at_timestep(start.timestep - half), timestep=second.timestep), second
 
 
 PAPER = "Liu et al. 2022, Pseudo Numerical Methods for Diffusion Models on Manifolds"
