@@ -8,7 +8,23 @@ from typing import Any
 
 from fastdiff import parameterization
 from fastdiff.errors import InputError
-from fastdiff.samplers import ddim, ddpm, dpm2, dpmpp, euler, flow, grid, heun, ipndm, lms, pndm, restart
+from fastdiff.samplers import (
+    ddim,
+    ddpm,
+    deis,
+    dpm2,
+    dpmpp,
+    euler,
+    flow,
+    grid,
+    heun,
+    ipndm,
+    lms,
+    pndm,
+    restart,
+    sa_solver,
+    unipc,
+)
 from fastdiff.samplers.grid import GRID_OPTIONS, Grid
 from fastdiff.samplers.problem import Problem, Threshold
 from fastdiff.samplers.table import MethodInfo, StepTable
@@ -36,6 +52,9 @@ _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
             restart.INFO,
             dpmpp.DPMPP_2M,
             dpmpp.DPMPP_2M_SDE,
+            unipc.INFO,
+            deis.INFO,
+            sa_solver.INFO,
             flow.INFO,
         )
     }
