@@ -21,7 +21,7 @@ PREDICTS = ("data", "noise")
 class Interval:
     """The exact solution from `start` to `end`, h = lambda' - lambda, k = 1 + tau^2.
 
-    data    x' = (sigma'/sigma) e^(-tau^2 h) x + k alpha' int e^(-k (lambda'-l)) D dl + sigma' sqrt(1 - e^(-2 tau^2 h)) z
+    data    x' = (sigma'/sigma) e^(-tau^2 h) x + k alpha' int e^(-k(lambda'-l)) D dl + sigma' sqrt(1 - e^(-2 tau^2 h)) z
     noise   x' = (alpha'/alpha) x - k sigma' int e^(lambda'-l) epsilon dl + tau sigma' sqrt(e^(2h) - 1) z
 
     tau = 0 is the probability-flow ODE, tau = 1 the reverse SDE. Xue et al. 2023, "SA-Solver", section 4. A weight is

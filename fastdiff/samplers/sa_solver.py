@@ -21,7 +21,7 @@ def sa_solver(
     simplified: bool = True,
     lower_order_final: bool = True,
 ) -> StepTable:
-    """x' = (sigma'/sigma) e^(-tau^2 h) x_c + k alpha' int e^(-k (lambda'-l)) P(l) dl + sigma' sqrt(1 - e^(-2 tau^2 h)) z.
+    """x' = (sigma'/sigma) e^(-tau^2 h) x_c + k alpha' int e^(-k(lambda'-l)) P dl + sigma' sqrt(1 - e^(-2 tau^2 h)) z.
 
     lambda = log(alpha/sigma), h = lambda' - lambda, k = 1 + tau^2. x' is the predictor, with the polynomial P through
     the last `predictor_order` data predictions; x_c' is the same with P through D' at x' and the corrector_order - 1
@@ -34,7 +34,7 @@ def sa_solver(
     predict           what is interpolated: "data", D; "noise", epsilon, and
                       x' = (alpha'/alpha) x_c - k sigma' int e^(lambda'-l) P dl + tau sigma' sqrt(e^(2h) - 1) z
     simplified        where P is a line and predicts data, the integral of its slope term takes h^2/2 for
-                      int e^(-k (lambda'-l)) (l - lambda) dl, as the authors' code and diffusers do
+                      int e^(-k(lambda'-l)) (l - lambda) dl, as the authors' code and diffusers do
     lower_order_final   the predictor's order is at most the number of steps left, the corrector's one more
 
     A step to sigma' = 0 has a predictor of order 1 and no noise. diffusers: tau_timesteps=(0.2, 0.8), and the last step
