@@ -14,7 +14,7 @@ from diffusers_peer import IN_FLOAT64, assert_parity, network, schedule_of, sche
 from interpret import trajectory
 
 from fastdiff import samplers, schedules
-from fastdiff.ops.row import INPUTS, NEW_ANCHOR
+from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_X
 from fastdiff.samplers import Grid, StepTable
 from fastdiff.samplers.problem import Problem
 from fastdiff.schedules import Schedule
@@ -138,9 +138,9 @@ def test_unipc_on_a_flow_schedule(options):
 def test_a_wrong_coefficient_is_seen(method):
     scheduler = scheduler_for(method, "linear", "v")
     table = table_for(method, scheduler, "v", 7)
-    block, name = (NEW_ANCHOR, "D") if method != "deis" else (slice(4, 12), "hist1")
+    block, name = (NEW_X, "hist1") if method == "deis" else (NEW_ANCHOR, "anchor")
     rows = table.rows.copy()
-    rows[2, block][INPUTS.index(name)] *= 1.0 + 1e-6
+    rows[2, block][INPUTS.index(name)] *= 1.0 + 1e-7
     scheduler.set_timesteps(7)
     with pytest.raises(AssertionError):
         assert_same(replace(table, rows=rows), scheduler, schedule_of(scheduler), table.grid.noise_ratios)
