@@ -20,8 +20,10 @@ from benchmarks.cases import Case
 from benchmarks.work import Work
 from fastdiff import ops, samplers, schedules
 from fastdiff.ops import reference
-from fastdiff.ops.row import CLIP, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION, ROW_SIZE
-from fastdiff.parameterization import Linear
+from fastdiff.ops.row import INPUTS, NEW_X, PREDICTION
+from fastdiff.samplers import StepTable
+from fastdiff.samplers.exponential import Interval, corrector_weights
+from fastdiff.samplers.problem import Problem
 
 STEPS, INDEX = 20, 10
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -47,35 +49,35 @@ def build(case: Case, device: torch.device) -> Work:
     x, m, last, h1, h2 = (torch.randn(case.shape, generator=generator).to(device) for _ in range(5))
     # Sample, network output and last sample come in the case's dtype. The data predictions are float32 with us and in
     # the case's dtype with them; values that both can hold make the comparison exact.
-    state = State(x.to(dtype), m.to(dtype), last.to(dtype).float(), (h1.to(dtype).float(), h2.to(dtype).float()))
-    theirs = State(state.x, state.m, last.to(dtype), (h1.to(dtype), h2.to(dtype)))
-    row, step = _CASES[case.variant]()
-    table = torch.tensor(row, dtype=torch.float32).unsqueeze(0).to(device)
-    uses_history, uses_anchor = case.variant != "ddim", case.variant == "unipc"
+    state = State(x.to(dtype), m.to(dtype), last.to(dtype), (h1.to(dtype), h2.to(dtype)))
+    table, step = _CASES[case.variant]()
+    row, use = table.rows[INDEX], table.uses[INDEX]
+    history = tuple(tensor.float() for tensor in state.history[: use.history])
+    anchor = _anchor(table, state) if use.anchor else None
+    rows = torch.tensor(row, dtype=torch.float32).unsqueeze(0).to(device)
 
     def ours() -> Tensor:
         return ops.sampler_step(
             state.x,
             state.m,
-            table,
+            rows,
             0,
-            anchor=state.last if uses_anchor else None,
-            history=state.history if uses_history else (),
-            new_history=uses_history,
-            new_anchor=uses_anchor,
+            anchor=anchor,
+            history=history,
+            new_history=use.new_history,
+            new_anchor=use.new_anchor,
         ).x
 
     def specified(x: Tensor, m: Tensor) -> Tensor:
-        older = (*state.history, None) if uses_history else (None, None, None)
-        anchor = state.last if uses_anchor else None
-        return reference.sampler_step(x, m, table, 0, None, anchor, *older, *(None,) * 7, False, False, None, None)[0]
+        older = (*history, None, None, None)[:3]
+        return reference.sampler_step(x, m, rows, 0, None, anchor, *older, *(None,) * 7, False, False, None, None)[0]
 
-    read = [state.x, state.m, *(state.history if uses_history else ()), *([state.last] if uses_anchor else ())]
-    written = [state.x, *([state.last] if uses_history else ()), *([state.last] if uses_anchor else ())]
+    read = [state.x, state.m, *history, *([] if anchor is None else [anchor])]
+    written = [state.x, *([x.float()] * (use.new_history + use.new_anchor))]
     return Work(
         peers={
-            **({} if step is None else {"diffusers": partial(step, theirs)}),
-            "pytorch": partial(_plain, row, state),
+            **({} if step is None else {"diffusers": partial(step, state)}),
+            "pytorch": partial(_plain, row, state, history, anchor),
         },
         ours=ours,
         truth=specified(state.x.double(), state.m.double()),
@@ -84,10 +86,21 @@ def build(case: Case, device: torch.device) -> Work:
     )
 
 
-def _plain(row: Array, state: State) -> Tensor:
+def _anchor(table: StepTable, state: State) -> Tensor:
+    """UniPC's correction of the state as far as the last step knew it, from that step's start and data predictions."""
+    points = Problem(schedules.scaled_linear(1000), table.grid, table.prediction, None).points()
+    before = points[INDEX - 1], points[INDEX - 2]
+    interval = Interval(before[0], points[INDEX], data=True)
+    _, first, second = corrector_weights(interval, before, None)
+    newest, older = (tensor.float() for tensor in state.history)
+    return interval.carry * state.last.float() + first * newest + second * older
+
+
+def _plain(row: Array, state: State, history: tuple[Tensor, ...], anchor: Tensor | None) -> Tensor:
     """The row as an expression in float32, an operation at a time."""
-    values = {"x": state.x.float(), "m": state.m.float(), "anchor": state.last}
-    values |= {"hist1": state.history[0], "hist2": state.history[1]}
+    values = {"x": state.x.float(), "m": state.m.float(), **{f"hist{i}": old for i, old in enumerate(history, 1)}}
+    if anchor is not None:
+        values["anchor"] = anchor
     of_x, of_m = row[PREDICTION].tolist()
     values["D"] = of_x * values["x"] + of_m * values["m"]
     terms = zip(INPUTS, row[NEW_X].tolist(), strict=True)
@@ -111,21 +124,21 @@ def _scheduler(name: str, **options: Any) -> Any:
     return scheduler
 
 
-def _table_row(method: str, **options: Any) -> Array:
+def _table(method: str, **options: Any) -> StepTable:
     options = {**samplers.find(method).diffusers, **options}
-    return samplers.build(method, schedule=schedules.scaled_linear(1000), steps=STEPS, **options).rows[INDEX]
+    return samplers.build(method, schedule=schedules.scaled_linear(1000), steps=STEPS, **options)
 
 
-def _ddim() -> tuple[Array, Step | None]:
+def _ddim() -> tuple[StepTable, Step | None]:
     scheduler = _scheduler("DDIMScheduler", clip_sample=False)
 
     def step(state: State) -> Tensor:
         return scheduler.step(state.m, scheduler.timesteps[INDEX], state.x, return_dict=False)[0]
 
-    return _table_row("ddim", clip=None), None if scheduler is None else step
+    return _table("ddim", clip=None), None if scheduler is None else step
 
 
-def _dpmpp_2m() -> tuple[Array, Step | None]:
+def _dpmpp_2m() -> tuple[StepTable, Step | None]:
     scheduler = _scheduler("DPMSolverMultistepScheduler")
 
     def step(state: State) -> Tensor:
@@ -134,18 +147,14 @@ def _dpmpp_2m() -> tuple[Array, Step | None]:
         scheduler.model_outputs = [state.history[1], state.history[0]]
         return scheduler.step(state.m, scheduler.timesteps[INDEX], state.x, return_dict=False)[0]
 
-    return _table_row("dpmpp_2m"), None if scheduler is None else step
+    return _table("dpmpp_2m"), None if scheduler is None else step
 
 
-def _unipc() -> tuple[Array, Step | None]:
+def _unipc() -> tuple[StepTable, Step | None]:
     scheduler = _scheduler("UniPCMultistepScheduler")
-    if scheduler is None:
-        # Its shape is what counts: the same inputs and outputs, with numbers of the usual size.
-        used = {"D": 0.4, "anchor": 0.7, "hist1": -0.2, "hist2": 0.1}
-        return _row(Linear(1.1, -0.5), used, used), None
-    times = scheduler.timesteps
 
     def step(state: State) -> Tensor:
+        times = scheduler.timesteps
         scheduler._step_index = INDEX
         scheduler.lower_order_nums = scheduler.this_order = 2
         scheduler.model_outputs = [state.history[1], state.history[0]]
@@ -153,31 +162,7 @@ def _unipc() -> tuple[Array, Step | None]:
         scheduler.last_sample = state.last
         return scheduler.step(state.m, times[INDEX], state.x, return_dict=False)[0]
 
-    return _probed_row(scheduler, step), step
+    return _table("unipc"), None if scheduler is None else step
 
 
-def _probed_row(scheduler: Any, step: Step) -> Array:
-    """The row of a linear step that no table of ours has yet: its response to each input alone."""
-
-    def response(index: int) -> tuple[float, float]:
-        x, m, last, h1, h2 = torch.eye(5, dtype=torch.float64)[index].view(5, 1, 1, 1, 1)
-        return float(step(State(x, m, last, (h1, h2)))), float(scheduler.last_sample)
-
-    alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[INDEX].double())
-    data = Linear(float(1 / alpha), float(-sigma / alpha))
-    responses = {"D": response(1), "anchor": response(2), "hist1": response(3), "hist2": response(4)}
-    responses["D"] = (responses["D"][0] / data.m, responses["D"][1] / data.m)
-    new_x = {name: value for name, (value, _) in responses.items()}
-    corrected = {name: value for name, (_, value) in responses.items()}
-    return _row(data, new_x, corrected)
-
-
-def _row(data: Linear, new_x: dict[str, float], anchor: dict[str, float]) -> Array:
-    row = np.zeros(ROW_SIZE)
-    row[PREDICTION], row[CLIP] = (data.x, data.m), np.inf
-    for block, coefficients in ((NEW_X, new_x), (NEW_HISTORY, {"D": 1.0}), (NEW_ANCHOR, anchor)):
-        row[block] = [coefficients.get(name, 0.0) for name in INPUTS]
-    return row
-
-
-_CASES: dict[str, Callable[[], tuple[Array, Step | None]]] = {"ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "unipc": _unipc}
+_CASES: dict[str, Callable[[], tuple[StepTable, Step | None]]] = {"ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "unipc": _unipc}
