@@ -29,7 +29,7 @@ def sa_solver(
 
     predictor_order   1 to 4, corrector_order 1 to 4 or 0 (no corrector); the first steps have lower ones
     tau               constant, from 0 to 10, but 0 outside these ranges of the step's first point:
-    tau_timesteps     (low, high) as fractions of the schedule's number of timesteps
+    tau_timesteps     (low, high) of what the network is called with
     tau_ratios        (low, high) of sigma/alpha
     predict           what is interpolated: "data", D; "noise", epsilon, and
                       x' = (alpha'/alpha) x_c - k sigma' int e^(lambda'-l) P dl + tau sigma' sqrt(e^(2h) - 1) z
@@ -37,7 +37,7 @@ def sa_solver(
                       int e^(-k(lambda'-l)) (l - lambda) dl, as the authors' code and diffusers do
     lower_order_final   the predictor's order is at most the number of steps left, the corrector's one more
 
-    A step to sigma' = 0 has a predictor of order 1 and no noise. diffusers: tau_timesteps=(0.2, 0.8), and the last step
+    A step to sigma' = 0 has a predictor of order 1 and no noise. diffusers: tau_timesteps=(200, 800), and the last step
     ends at the schedule's own end.
     """
     whole("sa_solver", "predictor_order", predictor_order, 1, 4)
@@ -45,10 +45,10 @@ def sa_solver(
     tau = fraction("sa_solver", "tau", tau, high=10.0)
     choice("sa_solver", "predict", predict, PREDICTS)
     times, ratios = _range("tau_timesteps", tau_timesteps), _range("tau_ratios", tau_ratios)
-    length, steps = problem.schedule.steps, problem.grid.steps
+    steps = problem.grid.steps
 
     def tau_at(point: Point) -> float:
-        inside = times[0] * length <= point.timestep <= times[1] * length and ratios[0] <= point.ratio <= ratios[1]
+        inside = times[0] <= point.timestep <= times[1] and ratios[0] <= point.ratio <= ratios[1]
         return tau if inside else 0.0
 
     half = "bh1" if simplified and predict == "data" else None
@@ -66,7 +66,7 @@ def _range(name: str, value: Any) -> tuple[float, float]:
         return 0.0, float("inf")
     numbers = tuple(value) if isinstance(value, list | tuple) else ()
     if len(numbers) != 2 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
-        raise InputError(f"sa_solver: {name}: expected None or two numbers, such as (0.2, 0.8), got {value!r}")
+        raise InputError(f"sa_solver: {name}: expected None or two numbers, such as (0.05, 1.0), got {value!r}")
     if not 0.0 <= numbers[0] <= numbers[1]:
         raise InputError(f"sa_solver: {name}: expected 0 <= low <= high, got {value!r}")
     return float(numbers[0]), float(numbers[1])
@@ -93,7 +93,7 @@ INFO = MethodInfo(
         "spacing": "linspace",
         "endpoint": False,
         "final_sigma": "schedule",
-        "tau_timesteps": (0.2, 0.8),
+        "tau_timesteps": (200.0, 800.0),
     },
     rows=sa_solver,
 )
