@@ -116,6 +116,21 @@ def test_configuration_in_float64(method, config, options):
         assert_same(table, scheduler, schedule_of(scheduler), table.grid.noise_ratios)
 
 
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [({"predict_x0": False}, {"predict": "noise"}), ({"solver_type": "bh1"}, {"variant": "bh1"})],
+    ids=["noise", "bh1"],
+)
+def test_unipc_ends_at_the_data_where_theirs_is_nan(config, options):
+    """Their last sigma of 0 makes h infinite, and 0 times infinity of it."""
+    scheduler = scheduler_for("unipc", "linear", "v", **config)
+    table = table_for("unipc", scheduler, "v", 7, **options)
+    scheduler.set_timesteps(7)
+    *_, (ours, theirs) = states(table, scheduler, schedule_of(scheduler))
+    assert np.isnan(theirs).all()
+    assert np.abs(ours).max() < 2.0
+
+
 @pytest.mark.parametrize("options", [{}, {"order": 3}, {"variant": "bh1"}], ids=str)
 def test_unipc_on_a_flow_schedule(options):
     """Their flow sigmas start at 1 - 1e-6, where ours start without signal."""
