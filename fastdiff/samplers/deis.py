@@ -6,9 +6,10 @@ from fastdiff.samplers.table import MethodInfo, StepTable, make_table, whole
 
 
 def deis(problem: Problem, *, order: int = 2, lower_order_final: bool | None = None) -> StepTable:
-    """x'/alpha' = x/alpha + int P(log r) dr from r to r', r = sigma/alpha (tAB-DEIS in log rho, equation 15).
+    """x'/alpha' = x/alpha + int P(log r) dr from r to r', r = sigma/alpha.
 
-    P is the polynomial in log r through the last `order` values of epsilon; the integrals are closed.
+    P is the polynomial in log r through the last `order` values of epsilon: the paper's AB-DEIS, which has it in r
+    (rhoAB) or t (tAB), in the variable of diffusers ("logrho").
 
     order               1 to 4; the first steps have lower ones
     lower_order_final   whether the order is at most the number of steps left; None: where there are fewer than 15 steps

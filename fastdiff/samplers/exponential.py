@@ -24,8 +24,8 @@ class Interval:
     data    x' = (sigma'/sigma) e^(-tau^2 h) x + k alpha' int e^(-k(lambda'-l)) D dl + sigma' sqrt(1 - e^(-2 tau^2 h)) z
     noise   x' = (alpha'/alpha) x - k sigma' int e^(lambda'-l) epsilon dl + tau sigma' sqrt(e^(2h) - 1) z
 
-    tau = 0 is the probability-flow ODE, tau = 1 the reverse SDE. Xue et al. 2023, "SA-Solver", section 4. A weight is
-    what a value of f is multiplied by, the factor before the integral included.
+    tau = 0 is the probability-flow ODE, tau = 1 the reverse SDE. Xue et al. 2023, "SA-Solver". A weight is what a
+    value of f is multiplied by, the factor before the integral included.
     """
 
     start: Point
@@ -204,7 +204,7 @@ def _step(points: Sequence[Point], data: bool, orders: Orders, tau: float) -> _S
     order = orders.predictor if end.sigma else 1
     predictor = predictor_weights(interval, before[:order], orders.half)
     corrector = []
-    if orders.corrector and end.sigma:
+    if orders.corrector:
         corrector = corrector_weights(interval, before[: orders.corrector - 1], orders.half)
     return _Step(interval.carry, predictor, corrector, 0.0, interval.noise)
 

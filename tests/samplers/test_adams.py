@@ -12,8 +12,10 @@ from mixture import Mixture
 
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
-from fastdiff.ops.row import CLIP
+from fastdiff.ops.row import CLIP, INPUTS, NEW_X
 from fastdiff.samplers import Grid, StepTable
+from fastdiff.samplers.exponential import Interval
+from fastdiff.samplers.problem import Problem
 
 VP, FLOW = schedules.linear(1000), schedules.flow(1000, shift=2.0)
 KINDS = {"vp": VP, "flow": FLOW, "ve": schedules.ve(1000), "sub_vp": schedules.sub_vp_sde(1000)}
@@ -156,6 +158,50 @@ def test_unipc_leaves_steps_uncorrected():
     uses = build("unipc", data=True, corrector=[0, 3]).uses
     assert [use.anchor for use in uses] == [False, False, True, True, False, True, True, True, True]
     assert [use.new_anchor for use in uses] == [False, True, True, False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "written"),
+    [
+        # Predictor and corrector read f and one older f; the last two steps are of orders 2 and 1.
+        ("unipc", {"order": 2}, [True, True, True, False, False]),
+        ("unipc", {"order": 3}, [True, True, True, False, False]),
+        ("unipc", {"order": 3, "lower_order_final": False}, [True, True, True, False, False]),
+        (
+            "unipc",
+            {"order": 3, "lower_order_final": False, "final_sigma": "schedule"},
+            [True, True, True, True, False],
+        ),
+        ("unipc", {"order": 1}, [False] * 5),
+        ("sa_solver", {"predictor_order": 1, "corrector_order": 2}, [False] * 5),
+        # The last corrector takes place at the last row, with what the anchor holds.
+        ("sa_solver", {"predictor_order": 1, "corrector_order": 3}, [True, True, True, False, False]),
+        ("deis", {"order": 4}, [True, True, True, False, False]),
+    ],
+    ids=str,
+)
+def test_history_is_written_where_it_is_read(method, options, written):
+    table = samplers.build(method, schedule=VP, steps=5, prediction="sample", **options)
+    assert [use.new_history for use in table.uses] == written
+
+
+def test_weights_of_a_short_step():
+    """Four values a hundred thousandth of a step apart, where the recursion of the integrals loses all digits."""
+    grid = Grid(np.zeros(5), np.ones(5), np.exp(-1e-5 * np.arange(5.0)))
+    points = Problem(KINDS["ve"], grid, "sample", None).points()
+    move = quadrature(grid, np.eye(5), data=True)
+    found = Interval(points[3], points[4], data=True).weights(points[3::-1])
+    assert found == pytest.approx(move(3, np.zeros(5), [3, 2, 1, 0], np.zeros(5))[3::-1].tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["unipc", "deis", "sa_solver"])
+def test_a_step_of_no_length_leaves_the_state(method):
+    """Karras levels that repeat the last, as diffusers has them."""
+    options = {"spacing": "karras", "endpoint": True, "final_sigma": "schedule", "lower_order_final": False}
+    table = samplers.build(method, schedule=VP, steps=6, prediction="sample", **options)
+    last = dict(zip(INPUTS, table.rows[-1, NEW_X].tolist(), strict=True))
+    corrected = {"x": 1.0} if method == "deis" else {"anchor": 1.0, "D": table.rows[-1, NEW_X][2]}
+    assert {name: value for name, value in last.items() if value} == corrected
 
 
 OPTIONS = {
