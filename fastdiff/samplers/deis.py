@@ -12,13 +12,14 @@ def deis(problem: Problem, *, order: int = 2, lower_order_final: bool | None = N
     (rhoAB) or t (tAB), in the variable of diffusers ("logrho").
 
     order               1 to 4; the first steps have lower ones
-    lower_order_final   whether the order is at most the number of steps left; None: where there are fewer than 15 steps
+    lower_order_final   whether the order is at most the number of steps left; None: where there are fewer than 15, with
+                        those that `strength` leaves out
 
     A step to sigma' = 0 is of order 1. diffusers: orders 1 to 3, and the last step ends at the schedule's own end.
     """
     whole("deis", "order", order, 1, 4)
     steps = problem.grid.steps
-    lower = steps < 15 if lower_order_final is None else lower_order_final
+    lower = steps + problem.grid.skipped < 15 if lower_order_final is None else lower_order_final
     orders = [Orders(min(order, i + 1, steps - i if lower else order)) for i in range(steps)]
     return make_table("deis", problem, adams_rows(problem, "noise", orders))
 

@@ -30,7 +30,8 @@ def unipc(
     variant     "bh1", B(h) = h, or "bh2", B(h) = e^h - 1
     predict     what is interpolated: "data", D; "noise", epsilon, and
                 x' = (alpha'/alpha) x_c - sigma' int e^(lambda'-l) P dl
-    corrector   False: predictor alone; or the steps, counted from 0, whose result is not corrected
+    corrector   False: predictor alone; or the steps, counted from 0 with those that `strength` leaves out, whose result
+                is not corrected
     simplified  the predictor of order 2 and the corrector of order 1 take B(h)/2 for the integral of their linear term,
                 as the authors' code and diffusers do. False: all is exact, and the variant makes no difference
     lower_order_final   the order is at most the number of steps left, which makes the last one a first-order step and
@@ -43,7 +44,7 @@ def unipc(
     choice("unipc", "variant", variant, VARIANTS)
     choice("unipc", "predict", predict, PREDICTS)
     steps = problem.grid.steps
-    left = _uncorrected(corrector, steps)
+    left = _uncorrected(corrector, steps, problem.grid.skipped)
     orders = []
     for i in range(steps):
         p = min(order, i + 1, steps - i if lower_order_final else order)
@@ -51,15 +52,15 @@ def unipc(
     return make_table("unipc", problem, adams_rows(problem, predict, orders))
 
 
-def _uncorrected(corrector: bool | Sequence[int], steps: int) -> set[int]:
-    """The steps whose result is left as predicted; nothing is known yet that could correct the last."""
+def _uncorrected(corrector: bool | Sequence[int], steps: int, skipped: int) -> set[int]:
+    """The steps of the grid whose result is left as predicted; nothing is known yet that could correct the last."""
     if isinstance(corrector, bool):
         return {steps - 1} if corrector else set(range(steps))
     if not isinstance(corrector, list | tuple) or not all(isinstance(i, int) and i >= 0 for i in corrector):
         raise InputError(
             f"unipc: corrector: expected True, False or the steps not to correct, such as [0, 1], got {corrector!r}"
         )
-    return {*corrector, steps - 1}
+    return {*(i - skipped for i in corrector), steps - 1}
 
 
 INFO = MethodInfo(
