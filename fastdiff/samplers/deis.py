@@ -1,6 +1,6 @@
 """DEIS. Zhang and Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integrator"."""
 
-from fastdiff.samplers.exponential import Orders, adams_rows
+from fastdiff.samplers.adams import Orders, adams_rows
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, StepTable, make_table, whole
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdiff.errors import InputError
-from fastdiff.samplers.exponential import PREDICTS, Orders, adams_rows
+from fastdiff.samplers.adams import PREDICTS, Orders, adams_rows
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import MethodInfo, StepTable, choice, fraction, make_table, whole
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fastdiff.errors import InputError
-from fastdiff.samplers.exponential import PREDICTS, Orders, adams_rows
+from fastdiff.samplers.adams import PREDICTS, Orders, adams_rows
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, StepTable, choice, make_table, whole
 

@@ -14,7 +14,7 @@ from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
 from fastdiff.ops.row import CLIP, INPUTS, NEW_X
 from fastdiff.samplers import Grid, StepTable
-from fastdiff.samplers.exponential import Interval
+from fastdiff.samplers.adams import Interval
 from fastdiff.samplers.problem import Problem
 
 VP, FLOW = schedules.linear(1000), schedules.flow(1000, shift=2.0)
