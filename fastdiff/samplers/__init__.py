@@ -13,6 +13,7 @@ from fastdiff.samplers import (
     ddpm,
     deis,
     dpm2,
+    dpm_solver,
     dpmpp,
     euler,
     flow,
@@ -55,6 +56,10 @@ _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
             unipc.INFO,
             deis.INFO,
             sa_solver.INFO,
+            dpmpp.DPMPP_3M,
+            dpmpp.DPMPP_3M_SDE,
+            dpm_solver.DPM_SOLVER,
+            dpm_solver.DPM_SOLVER_SDE,
             flow.INFO,
         )
     }

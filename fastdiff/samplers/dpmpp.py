@@ -1,77 +1,143 @@
-"""DPM-Solver++ (2M) and its SDE form.
+"""DPM-Solver++, multistep, of order 1 to 3, and its SDE form.
 
-Lu et al. 2022, "DPM-Solver++", algorithm 2 and section 5; the SDE form with eta is that of k-diffusion (Katherine
-Crowson).
+Lu et al. 2022, "DPM-Solver++", algorithm 2 and section 5; the SDE form with eta and its third order are those of
+k-diffusion (Katherine Crowson).
 """
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
+from typing import Any
 
+from fastdiff.samplers import churn
+from fastdiff.samplers.exponential import SOLVERS, Data, phi
+from fastdiff.samplers.multistep import Step, plan, step_row
 from fastdiff.samplers.problem import Problem
-from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
+from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_table, whole
 
-SOLVERS = ("midpoint", "heun")
+CURVATURES = ("exact", "half")
 
 
-def dpmpp_2m(problem: Problem, *, solver: str = "midpoint", lower_order_final: bool | None = None) -> StepTable:
+def dpmpp_2m(problem: Problem, *, order: int = 2, **options: Any) -> StepTable:
     """x' = (sigma'/sigma) x + alpha' (1 - e^-h) D + c (h/h0) (D - D0), h and h0 this and the last step in lambda.
 
-    lambda = log(alpha/sigma); D0 is the data prediction of the step before. c = alpha' (1 - e^-h)/2 for "midpoint",
-    alpha' (1 - (1 - e^-h)/h) for "heun".
+    lambda = log(alpha/sigma); D0 is the data prediction of the step before. c = alpha' (1 - e^-h)/2 for
+    solver="midpoint", alpha' (1 - (1 - e^-h)/h) for "heun".
     The first step has no D0 and is of order 1; so is a step to sigma' = 0, where h is infinite.
-    lower_order_final   whether the last step is of order 1 in any case; None: where there are fewer than 15 steps.
+    order               2, or 1 for steps without D0
+    lower_order_final   whether the last step is of order 1 in any case; None: where there are fewer than 15 steps
+    euler_at_final      whether the last step is of order 1 in any case, however many there are
+    s_churn, s_tmin, s_tmax, s_noise   those of Karras et al. 2022, algorithm 2: each step starts at a level that
+                        `churn.raised_starts` raises, by noise of standard deviation s_noise; D0 and h0 are those of
+                        the raised levels. With s_churn > 0 the method is stochastic.
     """
-    return make_table("dpmpp_2m", problem, _rows("dpmpp_2m", problem, 0.0, 1.0, solver, lower_order_final))
+    return _ode("dpmpp_2m", problem, whole("dpmpp_2m", "order", order, 1, 2), **options)
 
 
-def dpmpp_2m_sde(
-    problem: Problem,
-    *,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    solver: str = "midpoint",
-    lower_order_final: bool | None = None,
-) -> StepTable:
+def dpmpp_3m(problem: Problem, **options: Any) -> StepTable:
+    """x' = (sigma'/sigma) x + alpha' int_0^h e^(u - h) P(u) du, P the parabola through the last three D in lambda.
+
+    The second step is `dpmpp_2m`'s, with its solver; so is the last but one with lower_order_final.
+    curvature           of P: "exact", or "half" of it, as in the official code and diffusers, whose second difference
+                        lacks a factor of 2. With half of it the method is of order 2.
+    The other options are those of `dpmpp_2m`.
+    """
+    return _ode("dpmpp_3m", problem, 3, **options)
+
+
+def dpmpp_2m_sde(problem: Problem, *, order: int = 2, **options: Any) -> StepTable:
     """x' = (sigma'/sigma) e^(-eta h) x + alpha' (1 - e^-k) D + c (h/h0) (D - D0) + sigma' sqrt(1 - e^(-2 eta h)) z.
 
     k = (1 + eta) h; c is that of `dpmpp_2m` with k in place of h. eta = 0 is `dpmpp_2m`. The step to sigma' = 0 adds no
     noise.
+    s_noise             the noise is multiplied by it
+    order, lower_order_final, euler_at_final   those of `dpmpp_2m`
     """
-    eta = fraction("dpmpp_2m_sde", "eta", eta)
-    s_noise = fraction("dpmpp_2m_sde", "s_noise", s_noise, high=10.0)
-    return make_table("dpmpp_2m_sde", problem, _rows("dpmpp_2m_sde", problem, eta, s_noise, solver, lower_order_final))
+    return _sde("dpmpp_2m_sde", problem, whole("dpmpp_2m_sde", "order", order, 1, 2), **options)
+
+
+def dpmpp_3m_sde(problem: Problem, *, solver: str = "heun", **options: Any) -> StepTable:
+    """The third order of `dpmpp_2m_sde`: `dpmpp_3m` with (1 + eta) h for h in the exponential, and the same noise.
+
+    curvature           that of `dpmpp_3m`: "half" is k-diffusion's; "diffusers" is what diffusers adds instead, half
+                        of it less 1/k, an error as large as the curvature itself, which leaves order 1 and
+                        grows from step to step where there are hundreds.
+    """
+    return _sde("dpmpp_3m_sde", problem, 3, solver=solver, **options)
+
+
+def _ode(
+    method: str,
+    problem: Problem,
+    order: int,
+    *,
+    solver: str = "midpoint",
+    curvature: str = "exact",
+    lower_order_final: bool | None = None,
+    euler_at_final: bool = False,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> StepTable:
+    choice(method, "solver", solver, SOLVERS)
+    choice(method, "curvature", curvature, CURVATURES)
+    s_noise = fraction(method, "s_noise", s_noise, high=10.0)
+    points = problem.points()
+    starts = churn.raised_starts(method, problem, points, s_churn, s_tmin, s_tmax)
+    steps = plan(points, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final, starts=starts)
+    rows = _rows(problem, steps, 0.0, s_noise, solver, curvature)
+    scale = churn.raised_init_scale(points[0], starts[0], s_noise)
+    return make_table(method, problem, rows, init_scale=scale)
+
+
+def _sde(
+    method: str,
+    problem: Problem,
+    order: int,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver: str = "midpoint",
+    curvature: str = "exact",
+    lower_order_final: bool | None = None,
+    euler_at_final: bool = False,
+) -> StepTable:
+    choice(method, "solver", solver, SOLVERS)
+    choice(method, "curvature", curvature, (*CURVATURES, "diffusers"))
+    eta = fraction(method, "eta", eta)
+    s_noise = fraction(method, "s_noise", s_noise, high=10.0)
+    steps = plan(problem.points(), order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    return make_table(method, problem, _rows(problem, steps, eta, s_noise, solver, curvature))
 
 
 def _rows(
-    method: str, problem: Problem, eta: float, s_noise: float, solver: str, lower_order_final: bool | None
+    problem: Problem, steps: list[Step], eta: float, s_noise: float, solver: str, curvature: str
 ) -> Iterator[Row]:
-    choice(method, "solver", solver, SOLVERS)
-    points, steps = problem.points(), problem.grid.steps
-    lower_last = steps < 15 if lower_order_final is None else lower_order_final
-    # e^-h of every step, and h itself: infinite where a step starts without signal or ends at the data.
-    decays = [end.ratio / start.ratio for start, end in pairwise(points)]
-    lengths = [math.inf if decay == 0.0 else -math.log(decay) for decay in decays]
-    second = [i > 0 and decays[i] > 0.0 and not (lower_last and i == steps - 1) for i in range(steps)]
-    for i, (start, end) in enumerate(pairwise(points)):
-        noise_kept = decays[i] ** eta
-        total = 1.0 - decays[i] ** (1.0 + eta)
-        new_x = {
-            "x": end.sigma / start.sigma * noise_kept,
-            "D": end.alpha * total,
-            "noise": end.sigma * math.sqrt(max(1.0 - noise_kept**2, 0.0)) * s_noise,
-        }
-        if second[i]:
-            k = (1.0 + eta) * lengths[i]
-            c = 0.5 * total if solver == "midpoint" or k == 0.0 else 1.0 - total / k
-            extrapolation = end.alpha * c * lengths[i] / lengths[i - 1]
-            new_x["D"] += extrapolation
-            new_x["hist1"] = -extrapolation
-        keep = {"D": 1.0} if i + 1 < steps and second[i + 1] else None
-        yield make_row(problem, start, new_x, to=end, history=keep)
+    for step in steps:
+        noise_kept = step.decay**eta
+        propagation = Data.propagate(step.start, step.end.alpha, step.end.ratio * noise_kept)
+        parabola = len(step.nodes) == 2
+        yield step_row(
+            problem,
+            step,
+            Data,
+            propagation,
+            "heun" if parabola else solver,
+            noise=step.end.sigma * math.sqrt(max(1.0 - noise_kept**2, 0.0)) * s_noise,
+            churn_noise=s_noise,
+            curvature=_bend(curvature, propagation.z) if parabola else None,
+        )
+
+
+def _bend(curvature: str, z: float) -> float | None:
+    """The weight of the second divided difference; None: the exact one."""
+    if curvature == "exact":
+        return None
+    return phi(3, z) + (1.0 / z if curvature == "diffusers" else 0.0)
 
 
 DIFFUSERS = {"spacing": "linspace", "endpoint": False}
+LOWERED = {"lower_order_final": None, "euler_at_final": False}
 
 DPMPP_2M = MethodInfo(
     name="dpmpp_2m",
@@ -80,9 +146,20 @@ DPMPP_2M = MethodInfo(
     stochastic=False,
     evaluations_per_step=1,
     history=1,
-    options={"solver": "midpoint", "lower_order_final": None},
+    options={"order": 2, "solver": "midpoint", **LOWERED, **churn.OPTIONS},
     diffusers=DIFFUSERS,
     rows=dpmpp_2m,
+)
+DPMPP_3M = MethodInfo(
+    name="dpmpp_3m",
+    paper="Lu et al. 2022, DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
+    order=3,
+    stochastic=False,
+    evaluations_per_step=1,
+    history=2,
+    options={"solver": "midpoint", "curvature": "exact", **LOWERED, **churn.OPTIONS},
+    diffusers={**DIFFUSERS, "curvature": "half"},
+    rows=dpmpp_3m,
 )
 DPMPP_2M_SDE = MethodInfo(
     name="dpmpp_2m_sde",
@@ -91,7 +168,18 @@ DPMPP_2M_SDE = MethodInfo(
     stochastic=True,
     evaluations_per_step=1,
     history=1,
-    options={"eta": 1.0, "s_noise": 1.0, "solver": "midpoint", "lower_order_final": None},
+    options={"order": 2, "eta": 1.0, "s_noise": 1.0, "solver": "midpoint", **LOWERED},
     diffusers=DIFFUSERS,
     rows=dpmpp_2m_sde,
+)
+DPMPP_3M_SDE = MethodInfo(
+    name="dpmpp_3m_sde",
+    paper="Crowson 2022, k-diffusion; Lu et al. 2022, DPM-Solver++",
+    order=3,
+    stochastic=True,
+    evaluations_per_step=1,
+    history=2,
+    options={"eta": 1.0, "s_noise": 1.0, "solver": "heun", "curvature": "exact", **LOWERED},
+    diffusers={**DIFFUSERS, "solver": "midpoint", "curvature": "diffusers"},
+    rows=dpmpp_3m_sde,
 )
