@@ -13,8 +13,10 @@ from fastdiff.samplers import (
     ddpm,
     deis,
     dpm2,
+    dpm_singlestep,
     dpm_solver,
     dpmpp,
+    dpmpp_sde,
     euler,
     flow,
     grid,
@@ -60,6 +62,10 @@ _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
             dpmpp.DPMPP_3M_SDE,
             dpm_solver.DPM_SOLVER,
             dpm_solver.DPM_SOLVER_SDE,
+            dpm_singlestep.DPM_SOLVER_SINGLESTEP,
+            dpm_singlestep.DPMPP_SINGLESTEP,
+            dpmpp_sde.DPMPP_2S_ANCESTRAL,
+            dpmpp_sde.DPMPP_SDE,
             flow.INFO,
         )
     }

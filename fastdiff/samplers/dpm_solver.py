@@ -6,7 +6,7 @@ Lu et al. 2022, "DPM-Solver", equation 3.4 and appendix B; Lu et al. 2022, "DPM-
 import math
 from collections.abc import Iterator
 
-from fastdiff.samplers.exponential import SOLVERS, Data, Form, Noise, phi
+from fastdiff.samplers.exponential import SOLVERS, Data, Form, Noise
 from fastdiff.samplers.multistep import Step, plan, step_row
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_table, whole
@@ -70,7 +70,6 @@ def _rows(
 ) -> Iterator[Row]:
     for step in steps:
         start, end = step.start, step.end
-        parabola = len(step.nodes) == 2
         strength = eta if end.sigma > 0.0 else 0.0
         form: Form = Noise
         propagation = Noise.propagate(start, end.alpha, end.ratio, gain=1.0 + strength)
@@ -82,9 +81,9 @@ def _rows(
             step,
             form,
             propagation,
-            "heun" if parabola else solver,
+            solver,
             noise=math.sqrt(strength) * end.alpha * math.sqrt(start.ratio**2 - end.ratio**2) * s_noise,
-            curvature=phi(3, propagation.z) if parabola and curvature == "half" else None,
+            curvature=curvature,
         )
 
 

@@ -9,7 +9,7 @@ Lu et al. 2022, "DPM-Solver" (equation 3.4) and "DPM-Solver++" (equation 8).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastdiff.samplers.problem import Point, Problem
@@ -80,7 +80,17 @@ def phi(n: int, z: float) -> float:
     return value
 
 
-def corrections(nodes: Sequence[float], z: float, solver: str, curvature: float | None = None) -> list[float]:
+# The weight of the second divided difference of three q's. "exact" integrates the parabola through them; the others are
+# what peers have in its place.
+CURVATURES: Mapping[str, Callable[[float], float]] = {
+    "exact": lambda z: 2.0 * phi(3, z),
+    "half": lambda z: phi(3, z),
+    "offset": lambda z: 2.0 * (phi(3, z) + 1.0 / z),
+    "half_offset": lambda z: phi(3, z) + 1.0 / z,
+}
+
+
+def corrections(nodes: Sequence[float], z: float, solver: str, curvature: str = "exact") -> list[float]:
     """w_l, so that phi_1(z) q_0 + sum_l w_l (q_l - q_0) is int_0^1 e^(z (1 - u)) q(u) du to the order of the nodes.
 
     nodes       u_l where q_l is known, q_0 at u = 0: in units of the step, negative for earlier steps. One node gives
@@ -88,7 +98,7 @@ def corrections(nodes: Sequence[float], z: float, solver: str, curvature: float 
     solver      of one node: phi_2 (q_1 - q_0)/u_1 for "heun", phi_1/2 in place of phi_2 for "midpoint". Of two nodes:
                 the parabola through all three for "heun"; phi_2 (q_2 - q_0)/u_2 for "midpoint", which is of order 3
                 only if u_2 = 2/3.
-    curvature   the weight of the parabola's second divided difference; None: 2 phi_3(z), which integrates it exactly.
+    curvature   of the parabola, one of CURVATURES
     """
     if not nodes:
         return []
@@ -97,7 +107,7 @@ def corrections(nodes: Sequence[float], z: float, solver: str, curvature: float 
     u, v = nodes
     if solver == "midpoint":
         return [0.0, phi(2, z) / v]
-    bend = 2.0 * phi(3, z) if curvature is None else curvature
+    bend = CURVATURES[curvature](z)
     return [(phi(2, z) * v - bend) / (u * (v - u)), (bend - phi(2, z) * u) / (v * (v - u))]
 
 

@@ -75,11 +75,13 @@ def step_row(
     *,
     noise: float = 0.0,
     churn_noise: float = 1.0,
-    curvature: float | None = None,
+    curvature: str = "exact",
 ) -> Row:
     """The row of a step: noise * z is added at its end, churn_noise * z (in units of what is missing) to raise it."""
     quantity = form.quantity(problem, step.start)
     past = {f"hist{j}": 1.0 for j in range(1, len(step.nodes) + 1)}
+    # The solver is that of one node; through two earlier ones there is only the parabola.
+    solver = "heun" if len(step.nodes) == 2 else solver
     weights = [propagation.scale * w for w in corrections(step.nodes, propagation.z, solver, curvature)]
     new_x = combine(
         [

@@ -1,0 +1,173 @@
+"""DPM-Solver and DPM-Solver++ as single-step methods of order 1 to 3.
+
+Lu et al. 2022, "DPM-Solver", algorithms 1 and 2 and section 3.4; Lu et al. 2022, "DPM-Solver++", algorithm 1.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from fastdiff.errors import InputError
+from fastdiff.samplers.exponential import SOLVERS, Data, Form, Noise
+from fastdiff.samplers.problem import Point, Problem
+from fastdiff.samplers.singlestep import Aim, Block, block_between, block_of, block_rows
+from fastdiff.samplers.table import MethodInfo, StepTable, choice, fraction, make_table, whole
+
+POINTS = ("between", "grid")
+DEFAULT_NODES: dict[int, tuple[float, ...]] = {1: (), 2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}
+
+
+def dpm_solver_singlestep(problem: Problem, **options: Any) -> StepTable:
+    """u = (alpha_s/alpha) x - sigma_s (e^(r1 h) - 1) epsilon,
+    x' = (alpha'/alpha) x - sigma' (e^h - 1) epsilon - sigma' (e^h - 1)/(2 r1) (epsilon_u - epsilon).
+
+    h is the step in lambda = log(alpha/sigma), s = lambda + r1 h, epsilon_u the prediction for u at s. This is order 2;
+    order 3 has a second inner point at r2. A step to sigma' = 0, or from no signal, is of order 1.
+    order               1 to 3; an order n takes n network calls a step
+    r1, r2              None: 1/2 for order 2, 1/3 and 2/3 for order 3
+    solver              "midpoint": the above; of order 3 that of algorithm 2, of order 3 only if r2 = 2/3. "heun": the
+                        polynomial through all the predictions, integrated exactly.
+    points              "between": inner points lie between those of the grid. "grid": they are the grid's own, `order`
+                        of its steps make one block, and a grid step is a network call (diffusers)
+    lower_order_final   whether the last step is of order 1; with "grid" whether the last blocks are lowered so that the
+                        last is (diffusers), which also happens where the grid's steps are no multiple of the order
+    evaluations         the network calls in all: steps of order 3, then lower ones for the rest (DPM-Solver-fast, with
+                        evaluations // 3 + 1 steps); needs order=3
+    eta, s_noise        each step goes down to `euler.ancestral_step`, but not below the last point, and adds noise
+    """
+    return _singlestep("dpm_solver_singlestep", Noise, problem, **options)
+
+
+def dpmpp_singlestep(problem: Problem, **options: Any) -> StepTable:
+    """u = (sigma_s/sigma) x + alpha_s (1 - e^(-r1 h)) D,
+    x' = (sigma'/sigma) x + alpha' (1 - e^-h) (D + (D_u - D)/(2 r1)).
+
+    `dpm_solver_singlestep` for the data prediction: D_u is that for u at lambda + r1 h. The options are the same.
+    """
+    return _singlestep("dpmpp_singlestep", Data, problem, **options)
+
+
+def _singlestep(
+    method: str,
+    form: Form,
+    problem: Problem,
+    *,
+    order: int = 2,
+    r1: float | None = None,
+    r2: float | None = None,
+    solver: str = "midpoint",
+    points: str = "between",
+    lower_order_final: bool = False,
+    evaluations: int | None = None,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+) -> StepTable:
+    order = whole(method, "order", order, 1, 3)
+    choice(method, "solver", solver, SOLVERS)
+    choice(method, "points", points, POINTS)
+    nodes = inner_nodes(method, order, points, r1, r2)
+    grid = problem.points()
+    aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0), floor=grid[-1].ratio)
+    orders = [order] * problem.grid.steps
+    if evaluations is not None:
+        orders = _fast_orders(method, evaluations, order, points, problem.grid.steps)
+    blocks: Iterator[Block]
+    if points == "grid":
+        blocks = grid_blocks(grid, order, aim, solver, lower_order_final)
+    else:
+        if lower_order_final:
+            orders[-1] = 1
+        blocks = between_blocks(problem, orders, aim, solver, nodes)
+    return make_table(method, problem, (row for block in blocks for row in block_rows(problem, block, form)))
+
+
+def inner_nodes(
+    method: str, order: int, points: str, r1: float | None = None, r2: float | None = None
+) -> dict[int, tuple[float, ...]]:
+    """Where the inner points of a block lie, in units of its length in lambda, for each order."""
+    given = (r1, r2)
+    if any(r is not None for r in given[0 if points == "grid" else order - 1 :]):
+        raise InputError(f"{method}: r1, r2: order {order} with points={points!r} has no use for them; leave them out")
+    nodes = tuple(default if r is None else float(r) for r, default in zip(given, DEFAULT_NODES[order], strict=False))
+    if not all(lower < upper for lower, upper in pairwise((0.0, *nodes, 1.0))):
+        raise InputError(f"{method}: r1, r2: expected rising numbers between 0 and 1, got {r1!r} and {r2!r}")
+    return {**DEFAULT_NODES, order: nodes}
+
+
+def between_blocks(
+    problem: Problem, orders: Sequence[int], aim: Aim, solver: str, nodes: dict[int, tuple[float, ...]]
+) -> Iterator[Block]:
+    """One block for each step of the grid; of order 1 where lambda is infinite at an end."""
+    for order, (start, end) in zip(orders, pairwise(problem.points()), strict=True):
+        finite = start.ratio < math.inf and end.ratio > 0.0
+        yield block_between(problem, start, end, aim, nodes[order if finite else 1], solver)
+
+
+def grid_blocks(points: Sequence[Point], order: int, aim: Aim, solver: str, lowered: bool) -> Iterator[Block]:
+    """Blocks of `order` steps of the grid each, lower ones at the end."""
+    # No point can be placed relative to a start without signal: its step is a block of its own.
+    first = int(points[0].ratio == math.inf)
+    sizes = [1] * first + _sizes(len(points) - 1 - first, order, lowered, to_data=points[-1].ratio == 0.0)
+    position = 0
+    for size in sizes:
+        yield block_of(points[position : position + size + 1], aim, solver)
+        position += size
+
+
+def _sizes(steps: int, order: int, lowered: bool, to_data: bool) -> list[int]:
+    """How many grid steps each block takes; the last block takes one where it must be of order 1 (diffusers)."""
+    if steps % order == 0 and not lowered and not to_data:
+        return [order] * (steps // order)
+    left = (steps - 1) % order + 1
+    tails = {0: [], 1: [1], 2: [1, 1] if order == 2 or to_data else [2], 3: [2, 1]}
+    return [order] * ((steps - 1) // order) + tails[left if steps else 0]
+
+
+def _fast_orders(method: str, evaluations: Any, order: int, points: str, steps: int) -> list[int]:
+    """Order 3 as long as the network calls last, then 2 and 1. Lu et al. 2022, section 3.4."""
+    count = whole(method, "evaluations", evaluations, 1, 3 * steps)
+    if order != 3 or points != "between" or steps != count // 3 + 1:
+        raise InputError(
+            f"{method}: evaluations: {count} calls need order=3, points='between' and steps={count // 3 + 1}, "
+            f"got order={order}, points={points!r} and steps={steps}"
+        )
+    return [3] * (steps - 2) + [2, 1] if count % 3 == 0 else [3] * (steps - 1) + [count % 3]
+
+
+DIFFUSERS = {"spacing": "linspace", "endpoint": False, "points": "grid"}
+OPTIONS = {
+    "order": 2,
+    "r1": None,
+    "r2": None,
+    "solver": "midpoint",
+    "points": "between",
+    "lower_order_final": False,
+    "evaluations": None,
+    "eta": 0.0,
+    "s_noise": 1.0,
+}
+
+DPM_SOLVER_SINGLESTEP = MethodInfo(
+    name="dpm_solver_singlestep",
+    paper="Lu et al. 2022, DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps",
+    order=2,
+    stochastic=False,
+    evaluations_per_step=2,
+    history=0,
+    options=OPTIONS,
+    # Their class refuses to end at the data with epsilon.
+    diffusers={**DIFFUSERS, "final_sigma": "schedule"},
+    rows=dpm_solver_singlestep,
+)
+DPMPP_SINGLESTEP = MethodInfo(
+    name="dpmpp_singlestep",
+    paper="Lu et al. 2022, DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
+    order=2,
+    stochastic=False,
+    evaluations_per_step=2,
+    history=0,
+    options=OPTIONS,
+    diffusers=DIFFUSERS,
+    rows=dpmpp_singlestep,
+)

@@ -1,0 +1,108 @@
+"""Stochastic single-step DPM-Solver++: ancestral steps, and the reverse SDE with an inner point.
+
+Both are those of k-diffusion (Katherine Crowson), after Lu et al. 2022, "DPM-Solver++", section 5, and "DPM-Solver",
+algorithm 1.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+
+from fastdiff.samplers.dpm_singlestep import POINTS, between_blocks, grid_blocks, inner_nodes
+from fastdiff.samplers.exponential import SOLVERS, Data
+from fastdiff.samplers.problem import Problem
+from fastdiff.samplers.singlestep import Aim, Block, block_rows
+from fastdiff.samplers.table import MethodInfo, StepTable, choice, fraction, make_table, whole
+
+NOISES = ("brownian", "independent")
+CURVATURES = ("exact", "offset")
+
+
+def dpmpp_2s_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
+    """`dpmpp_singlestep` of order 2 from r down to d, and then x' + alpha' u s_noise z; (d, u) = `ancestral_step`.
+
+    r = sigma/alpha; d lies below r' by as much as the noise makes up for. The inner point is half of the way from r to
+    d in lambda. A step to sigma' = 0, or from no signal, is Euler's.
+    """
+    method = "dpmpp_2s_ancestral"
+    aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0))
+    blocks = between_blocks(problem, [2] * problem.grid.steps, aim, "midpoint", inner_nodes(method, 2, "between"))
+    return make_table(method, problem, (row for block in blocks for row in block_rows(problem, block, Data)))
+
+
+def dpmpp_sde(
+    problem: Problem,
+    *,
+    r: float | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise: str = "brownian",
+    order: int = 2,
+    points: str = "between",
+    solver: str = "midpoint",
+    curvature: str = "exact",
+    lower_order_final: bool = False,
+) -> StepTable:
+    """u = (alpha_s d_s/sigma) x + alpha_s (1 - d_s/rho) D + alpha_s u_s s_noise z_1,
+    x' = (alpha' d/sigma) x + alpha' (1 - d/rho) (D + (D_u - D)/(2 r)) + alpha' u s_noise z_2.
+
+    rho = sigma/alpha; (d_s, u_s) = `ancestral_step` from x to s, r of the way in lambda, and (d, u) to the end; D_u is
+    the prediction for u at s. At eta = 1 these are exact steps of the reverse SDE for constant D. A step to sigma' = 0,
+    or from no signal, is of order 1.
+    noise               "brownian": z_2 continues z_1 as one path of the SDE does, z_2 = sqrt(c) z_1 + sqrt(1 - c) z',
+                        c = (u_s/d_s)^2 / (u/d)^2. k-diffusion's own path has the clock sigma instead of this one, by
+                        which its c is (rho - rho_s)/(rho - rho'). "independent": z_2 is taken as it is given, for a
+                        caller who draws from a path.
+    order, points, solver, lower_order_final   those of `dpmpp_singlestep`, whose r1 is r
+    curvature           of order 3 with solver="heun": "exact", or "offset", diffusers' with a wrong sign: an error as
+                        large as the curvature itself
+    """
+    method = "dpmpp_sde"
+    order = whole(method, "order", order, 1, 3)
+    choice(method, "noise", noise, NOISES)
+    choice(method, "solver", solver, SOLVERS)
+    choice(method, "points", points, POINTS)
+    choice(method, "curvature", curvature, CURVATURES)
+    aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0), sde=True)
+    nodes = inner_nodes(method, order, points, r)
+    blocks: Iterator[Block]
+    if points == "grid":
+        blocks = grid_blocks(problem.points(), order, aim, solver, lower_order_final)
+    else:
+        orders = [order] * (problem.grid.steps - lower_order_final) + [1] * lower_order_final
+        blocks = between_blocks(problem, orders, aim, solver, nodes)
+    rows = (block_rows(problem, block, Data, brownian=noise == "brownian", curvature=curvature) for block in blocks)
+    return make_table(method, problem, chain.from_iterable(rows))
+
+
+DPMPP_2S_ANCESTRAL = MethodInfo(
+    name="dpmpp_2s_ancestral",
+    paper="Crowson 2022, k-diffusion; Lu et al. 2022, DPM-Solver++",
+    order=2,
+    stochastic=True,
+    evaluations_per_step=2,
+    history=0,
+    options={"eta": 1.0, "s_noise": 1.0},
+    rows=dpmpp_2s_ancestral,
+)
+DPMPP_SDE = MethodInfo(
+    name="dpmpp_sde",
+    paper="Crowson 2022, k-diffusion; Lu et al. 2022, DPM-Solver++",
+    order=2,
+    stochastic=True,
+    evaluations_per_step=2,
+    history=0,
+    options={
+        "r": None,
+        "eta": 1.0,
+        "s_noise": 1.0,
+        "noise": "brownian",
+        "order": 2,
+        "points": "between",
+        "solver": "midpoint",
+        "curvature": "exact",
+        "lower_order_final": False,
+    },
+    # Those of DPMSolverSDEScheduler, whose state is x / alpha.
+    diffusers={"spacing": "linspace", "integer": False, "interpolation": "linear", "noise": "independent"},
+    rows=dpmpp_sde,
+)
