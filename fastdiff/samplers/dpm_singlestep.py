@@ -26,8 +26,8 @@ def dpm_solver_singlestep(problem: Problem, **options: Any) -> StepTable:
     order 3 has a second inner point at r2. A step to sigma' = 0, or from no signal, is of order 1.
     order               1 to 3; an order n takes n network calls a step
     r1, r2              None: 1/2 for order 2, 1/3 and 2/3 for order 3
-    solver              "midpoint": the above; of order 3 that of algorithm 2, of order 3 only if r2 = 2/3. "heun": the
-                        polynomial through all the predictions, integrated exactly.
+    solver              "midpoint": the above; of order 3 that of algorithm 2. "heun": the polynomial through all the
+                        predictions, integrated exactly. Either is of order 3 only if r2 = 2/3.
     points              "between": inner points lie between those of the grid. "grid": they are the grid's own, `order`
                         of its steps make one block, and a grid step is a network call (diffusers)
     lower_order_final   whether the last step is of order 1; with "grid" whether the last blocks are lowered so that the
