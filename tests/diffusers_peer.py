@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, samplers, schedules
-from fastdiff.ops.row import INPUT_SCALE, INPUTS, NEW_X, PREDICTION
+from fastdiff.ops.row import INPUT_SCALE, INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
 from fastdiff.parameterization import target
 from fastdiff.samplers import StepTable
+from fastdiff.samplers.table import RowUse
 from fastdiff.schedules import Schedule
 
 SHAPE = (2, 3, 8, 8)
@@ -31,6 +32,12 @@ CLASSES = {
     "heun": "HeunDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_3m": "DPMSolverMultistepScheduler",
+    "dpmpp_3m_sde": "DPMSolverMultistepScheduler",
+    "dpm_solver": "DPMSolverMultistepScheduler",
+    "dpm_solver_sde": "DPMSolverMultistepScheduler",
+    "dpm_solver_singlestep": "DPMSolverSinglestepScheduler",
+    "dpmpp_singlestep": "DPMSolverSinglestepScheduler",
     "flow_euler": "FlowMatchEulerDiscreteScheduler",
     "ddim_inverse": "DDIMInverseScheduler",
     "pndm": "PNDMScheduler",
@@ -44,6 +51,16 @@ IN_FLOAT64 = {
     "unipc": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
     "sa_solver": "SASolverScheduler",
+}
+# What makes the method of a class that has several; theirs end at the schedule's own end where they refuse another.
+CONFIGS = {
+    "plms": {"skip_prk_steps": True},
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
+    "dpmpp_3m": {"solver_order": 3},
+    "dpmpp_3m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+    "dpm_solver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    "dpm_solver_sde": {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+    "dpm_solver_singlestep": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
 }
 
 
@@ -69,10 +86,7 @@ def scheduler_for(method: str, schedule: str, prediction: str, **config: Any) ->
     """diffusers' class for the method, with its own defaults but for `config`."""
     if method == "flow_euler":
         return diffusers.FlowMatchEulerDiscreteScheduler(1000, **config)
-    if method == "dpmpp_2m_sde":
-        config = {"algorithm_type": "sde-dpmsolver++", **config}
-    if method == "plms":
-        config = {"skip_prk_steps": True, **config}
+    config = {**CONFIGS.get(method, {}), **config}
     options = {**SCHEDULES[schedule], "prediction_type": PREDICTIONS[prediction], **config}
     return getattr(diffusers, (CLASSES | IN_FLOAT64)[method])(1000, **options)
 
@@ -119,30 +133,52 @@ def compare(table: StepTable, scheduler: Any, **step_options: Any) -> Iterator[S
         given = {"anchor": anchor if use.anchor else None, "history": history[: use.history], "noise": drawn}
         wanted = {"new_history": use.new_history, "new_anchor": use.new_anchor}
         step = ops.sampler_step(x, m, rows, index, **given, **wanted)
-        sizes = _sizes(table.rows[index], x, m, anchor, sizes.get("D", 0.0))
-        bound = 1e-5 + 4.0 * ROUNDING * _amplification(table.rows[index], sizes, theirs)
+        row = table.rows[index]
+        sizes = _sizes(row, x, m, sizes)
+        largest = sizes["x"] + _terms(row, NEW_X, sizes) + _their_terms(table, scheduler, index, sizes)
+        bound = 1e-5 + 4.0 * ROUNDING * largest / float(theirs.norm())
         yield Step(step.x, theirs, input_error, bound)
         history = history if step.history is None else (step.history, *history[:2])
         anchor = anchor if step.anchor is None else step.anchor
-        x, scale = theirs, table.rows[index][INPUT_SCALE]
+        sizes = _carried(row, use, sizes)
+        x, scale = theirs, row[INPUT_SCALE]
 
 
-def _sizes(row, x: Tensor, m: Tensor, anchor: Tensor | None, last_data: float) -> dict[str, float]:
-    """Norms of a row's inputs; a data prediction counts as the sum of the terms that made it."""
+# How much larger than the result the terms are that cancel in it: a float32 rounding of each grows by that. It is near
+# 1 but where a step crosses orders of magnitude of noise (the first ones of the cosine schedule, whose sigma / alpha
+# starts at 20000), or where epsilon is divided by a small alpha. So a data prediction, an anchor and a history count as
+# the sum of the terms that made them.
+def _sizes(row, x: Tensor, m: Tensor, carried: dict[str, float]) -> dict[str, float]:
+    """Norms of a row's inputs."""
     ax, am = (abs(float(value)) for value in row[PREDICTION])
-    sizes = {"x": float(x.norm()), "m": float(m.norm()), "hist1": last_data}
-    sizes["anchor"] = 0.0 if anchor is None else float(anchor.norm())
+    sizes = carried | {"x": float(x.norm()), "m": float(m.norm())}
     return sizes | {"D": ax * sizes["x"] + am * sizes["m"]}
 
 
-def _amplification(row, sizes: dict[str, float], result: Tensor) -> float:
-    """How much larger than the result the terms are that cancel in it: a float32 rounding of each grows by that.
+def _terms(row, block: slice, sizes: dict[str, float]) -> float:
+    """The sum of the terms' norms of one of a row's outputs."""
+    return sum(abs(float(c)) * sizes.get(name, 0.0) for name, c in zip(INPUTS, row[block], strict=True))
 
-    It is near 1 but where a step crosses orders of magnitude of noise (the first ones of the cosine schedule, whose
-    sigma / alpha starts at 20000), or where epsilon is divided by a small alpha.
-    """
-    terms = sum(abs(float(c)) * sizes.get(name, 0.0) for name, c in zip(INPUTS, row[NEW_X], strict=True))
-    return (sizes["x"] + terms) / float(result.norm())
+
+def _carried(row, use: RowUse, sizes: dict[str, float]) -> dict[str, float]:
+    """The sizes with those of the row's new anchor and history."""
+    carried = dict(sizes)
+    if use.new_anchor:
+        carried["anchor"] = _terms(row, NEW_ANCHOR, sizes)
+    if use.new_history:
+        carried |= {"hist1": _terms(row, NEW_HISTORY, sizes), "hist2": sizes.get("hist1", 0.0)}
+        carried["hist3"] = sizes.get("hist2", 0.0)
+    return carried
+
+
+def _their_terms(table: StepTable, scheduler: Any, index: int, sizes: dict[str, float]) -> float:
+    """What theirs has to cancel where it integrates the noise: (alpha'/alpha) x, of which ours is rid in float64, and
+    the same again for the rounding of lambda, from whose float32 difference it takes e^h."""
+    if getattr(scheduler.config, "algorithm_type", "") not in ("dpmsolver", "sde-dpmsolver"):
+        return 0.0
+    alphas = table.grid.alphas
+    first = alphas[max(index - scheduler.config.solver_order + 1, 0)]
+    return (1.0 + abs(float(np.log(first)))) * float(alphas[index + 1] / first) * sizes["x"]
 
 
 def assert_parity(table: StepTable, scheduler: Any, *, steps: int | None = None, **step_options: Any) -> None:
