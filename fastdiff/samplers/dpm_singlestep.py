@@ -98,10 +98,10 @@ def inner_nodes(
 def between_blocks(
     problem: Problem, orders: Sequence[int], aim: Aim, solver: str, nodes: dict[int, tuple[float, ...]]
 ) -> Iterator[Block]:
-    """One block for each step of the grid; of order 1 where lambda is infinite at an end."""
+    """One block for each step of the grid; of order 1 where lambda is infinite at an end, or the same at both."""
     for order, (start, end) in zip(orders, pairwise(problem.points()), strict=True):
-        finite = start.ratio < math.inf and end.ratio > 0.0
-        yield block_between(problem, start, end, aim, nodes[order if finite else 1], solver)
+        inside = start.ratio < math.inf and end.ratio not in (0.0, start.ratio)
+        yield block_between(problem, start, end, aim, nodes[order if inside else 1], solver)
 
 
 def grid_blocks(points: Sequence[Point], order: int, aim: Aim, solver: str, lowered: bool) -> Iterator[Block]:

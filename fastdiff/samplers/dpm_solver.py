@@ -38,7 +38,7 @@ def dpm_solver(
     choice("dpm_solver", "solver", solver, SOLVERS)
     choice("dpm_solver", "curvature", curvature, CURVATURES)
     order = whole("dpm_solver", "order", order, 1, 3)
-    steps = plan(problem.points(), order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     return make_table("dpm_solver", problem, _rows(problem, steps, 0.0, 0.0, solver, curvature))
 
 
@@ -61,7 +61,7 @@ def dpm_solver_sde(
     order = whole("dpm_solver_sde", "order", order, 1, 2)
     eta = fraction("dpm_solver_sde", "eta", eta)
     s_noise = fraction("dpm_solver_sde", "s_noise", s_noise, high=10.0)
-    steps = plan(problem.points(), order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     return make_table("dpm_solver_sde", problem, _rows(problem, steps, eta, s_noise, solver, "exact"))
 
 

@@ -84,7 +84,7 @@ def _ode(
     s_noise = fraction(method, "s_noise", s_noise, high=10.0)
     points = problem.points()
     starts = churn.raised_starts(method, problem, points, s_churn, s_tmin, s_tmax)
-    steps = plan(points, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final, starts=starts)
+    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final, starts=starts)
     rows = _rows(problem, steps, 0.0, s_noise, solver, curvature)
     scale = churn.raised_init_scale(points[0], starts[0], s_noise)
     return make_table(method, problem, rows, init_scale=scale)
@@ -106,7 +106,7 @@ def _sde(
     choice(method, "curvature", curvature, (*CURVATURES, "half_offset"))
     eta = fraction(method, "eta", eta)
     s_noise = fraction(method, "s_noise", s_noise, high=10.0)
-    steps = plan(problem.points(), order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     return make_table(method, problem, _rows(problem, steps, eta, s_noise, solver, curvature))
 
 

@@ -30,14 +30,14 @@ class Step:
 
 
 def plan(
-    points: Sequence[Point],
+    problem: Problem,
     order: int,
     *,
     lower_order_final: bool | None = None,
     euler_at_final: bool = False,
     starts: Sequence[Point] | None = None,
 ) -> list[Step]:
-    """The steps between the points, each of the highest order up to `order` that its past allows.
+    """The steps between the grid's points, each of the highest order up to `order` that its past allows.
 
     The first step is of order 1, as is one after a point without signal, where lambda is infinite, and one to
     sigma' = 0; the step after it is of order 2.
@@ -46,9 +46,10 @@ def plan(
     euler_at_final      whether the last step is of order 1 in any case
     starts              where the network is called, if not at the points themselves; one for each step
     """
-    starts, ends = list(starts or points[:-1]), list(points[1:])
+    *points, last = problem.points()
+    starts, ends = list(starts or points), [*points[1:], last]
     steps = len(ends)
-    lowered = steps < 15 if lower_order_final is None else lower_order_final
+    lowered = steps + problem.grid.skipped < 15 if lower_order_final is None else lower_order_final
     orders: list[int] = []
     past = 0
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -56,7 +57,9 @@ def plan(
         follows = i > 0 and start.ratio < starts[i - 1].ratio < math.inf
         past = past + 1 if follows else 0
         highest = min(order, past + 1, steps - i if lowered else order)
-        orders.append(1 if end.ratio == 0.0 or (euler_at_final and i == steps - 1) else highest)
+        # A step of no length changes nothing, whatever its order.
+        first_order = end.ratio in (0.0, start.ratio) or (euler_at_final and i == steps - 1)
+        orders.append(1 if first_order else highest)
     result = []
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         h = log_ratio(start.ratio, end.ratio)
