@@ -82,7 +82,7 @@ def _rows(
             form,
             propagation,
             solver,
-            noise=math.sqrt(strength) * end.alpha * math.sqrt(start.ratio**2 - end.ratio**2) * s_noise,
+            noise=s_noise * end.alpha * math.sqrt(strength * (start.ratio**2 - end.ratio**2)) if strength else 0.0,
             curvature=curvature,
         )
 
