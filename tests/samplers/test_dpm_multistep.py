@@ -114,3 +114,137 @@ def test_states(case, kind):
         found = trajectory(Mixture().denoiser(schedule, prediction), table, start, lambda i: noises[i])
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * np.abs(theirs).max())
+
+
+FULL = {"lower_order_final": False}
+ORDERS = {
+    "dpmpp_2m-order1": (VP, "epsilon", 1, {"order": 1}),
+    "dpmpp_3m": (VP, "v", 3, {}),
+    "dpmpp_3m-sample": (VP, "sample", 3, {"solver": "heun"}),
+    "dpmpp_3m_sde": (VP, "v", 3, {"eta": 0.0}),
+    "dpm_solver": (VP, "epsilon", 2, {}),
+    "dpm_solver-heun": (VP, "v", 2, {"solver": "heun"}),
+    "dpm_solver-order1": (VP, "epsilon", 1, {"order": 1}),
+    "dpm_solver_sde": (VP, "v", 2, {"eta": 0.0}),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_order_of_convergence(case):
+    schedule, prediction, order, options = ORDERS[case]
+    method = case.split("-")[0]
+    assert_order(order, method, schedule, prediction, **FULL, **options)
+    assert "order" in options or samplers.methods()[method].order == order
+
+
+@pytest.mark.parametrize(("method", "options"), [("dpmpp_3m", {}), ("dpm_solver", {"order": 3})], ids=str)
+@pytest.mark.parametrize(("schedule", "prediction"), [(VP, "epsilon"), (FLOW, "flow")], ids=["vp", "flow"])
+def test_third_order_after_a_short_start(method, options, schedule, prediction):
+    """The first two steps are of order 1 and 2, and their errors hide the third order unless they are short: lambda
+    rises with the square of the step's number here."""
+    first, last = (19.0, 1.0 / 19.0) if schedule.kind == "flow" else (50.0, 0.05)
+    errors = []
+    for steps in (160, 320, 640):
+        ratios = first * (last / first) ** (np.linspace(0.0, 1.0, steps + 1) ** 2)
+        levels = ratios / (1.0 + ratios) if schedule.kind == "flow" else ratios
+        points = {"sigmas": levels.tolist(), "final_sigma": "last"}
+        table = samplers.build(method, schedule=schedule, prediction=prediction, **points, **options, **FULL)
+        errors.append(distance(table, schedule))
+    slopes = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert slopes[-1] == pytest.approx(3.0, abs=0.06), slopes
+
+
+DISTRIBUTIONS = {
+    "dpmpp_2m_sde-order1": {"order": 1},
+    "dpmpp_3m_sde": {},
+    "dpmpp_3m_sde-half": {"eta": 0.5, "curvature": "half"},
+    "dpm_solver_sde": {},
+    "dpm_solver_sde-heun": {"solver": "heun", "eta": 0.5},
+    "dpmpp_2m-churn": {"s_churn": 10.0},
+    "dpmpp_2m-order1-churn": {"order": 1, "s_churn": 40.0},
+    "dpmpp_3m-churn": {"s_churn": 10.0, "s_tmin": 0.05, "s_tmax": 20.0},
+}
+
+
+@pytest.mark.parametrize("case", DISTRIBUTIONS)
+def test_distribution(case):
+    assert_distribution(case.split("-")[0], **DISTRIBUTIONS[case])
+
+
+@pytest.mark.parametrize("case", ["dpmpp_3m_sde", "dpm_solver_sde", "dpmpp_2m-order1-churn"])
+def test_a_wrong_noise_coefficient_is_seen(case):
+    assert_power(case.split("-")[0], **DISTRIBUTIONS[case])
+
+
+def test_churn():
+    """Karras et al. 2022, algorithm 2, around steps of DPM-Solver++ (2M) with the raised levels' own h0."""
+    schedule, steps = schedules.ve(1000, sigma_min=0.02, sigma_max=50.0), 9
+    options = {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 20.0, "s_noise": 1.05}
+    table = samplers.build("dpmpp_2m", schedule=schedule, steps=steps, prediction="sample", **FULL, **options)
+    sigmas, noises = table.grid.sigmas, np.random.default_rng(3).standard_normal((steps, len(X)))
+    raised = [s * (4.0 / 3.0) if 0.1 <= s <= 20.0 else s for s in sigmas[:-1]]
+    assert 2 < sum(np.not_equal(raised, sigmas[:-1])) < steps
+    found = [*trajectory(Mixture().denoiser(schedule, "sample"), table, 50.0 * X, lambda i: noises[i])]
+    x, last, churned = 50.0 * X, None, 0
+    for i in range(steps):
+        high, low = raised[i], sigmas[i + 1]
+        data = corrected = Mixture().denoise(x, 1.0, high)
+        if last is not None and low > 0.0 and high < raised[i - 1]:
+            corrected = data + 0.5 * math.log(high / low) / math.log(raised[i - 1] / high) * (data - last)
+        x, last = low / high * x + (1.0 - low / high) * corrected, data
+        if i + 1 < steps and raised[i + 1] > low:
+            x = x + 1.05 * math.sqrt(raised[i + 1] ** 2 - low**2) * noises[i]
+            churned += 1
+        np.testing.assert_allclose(found[i], x, rtol=1e-9)
+    assert churned == sum(np.not_equal(raised, sigmas[:-1]))
+
+
+@pytest.mark.parametrize(
+    "schedule", [schedules.ve(1000, sigma_max=50.0), VP, schedules.flow(1000)], ids=lambda s: s.name
+)
+def test_churn_raises_the_start(schedule):
+    options = {"schedule": schedule, "steps": 10, "prediction": "sample", "s_churn": 2.0, "s_noise": 1.5}
+    spacing = {"spacing": "karras", "sigma_max": 0.9 if schedule.kind == "flow" else 40.0}
+    table, plain = (
+        samplers.build("dpmpp_2m", **options, **spacing),
+        samplers.build("dpmpp_2m", **options | {"s_churn": 0.0}, **spacing),
+    )
+    r = 9.0 if schedule.kind == "flow" else 40.0
+    alpha, sigma = (float(value) for value in schedule.from_ratio(1.2 * r))
+    assert table.init_level == pytest.approx((alpha, sigma), rel=1e-12)
+    whole = 1.0 if schedule.kind == "vp" else sigma
+    assert table.init_scale == pytest.approx(whole * math.sqrt((1.0 + 0.44 * 2.25) / 1.44), rel=1e-12)
+    assert table.timesteps[0] == pytest.approx(float(schedule.timestep_of(1.2 * r)))
+    assert not any(use.noise for use in plain.uses)
+    # The state is at the level that the next step starts from, which is what a kept part of an image is brought to.
+    level = [float(value) for value in schedule.from_ratio(1.2 * plain.grid.noise_ratios[1])]
+    assert table.levels[1].tolist() == pytest.approx(level, rel=1e-12)
+
+
+def test_churn_leaves_a_start_without_signal():
+    options = {"schedule": FLOW, "steps": 6, "prediction": "flow"}
+    table = samplers.build("dpmpp_2m", s_churn=6.0, **options)
+    assert table.init_level == (0.0, 1.0)
+    assert np.isfinite(table.rows[:, NEW_X]).all()
+    assert [row[NEW_X][INPUTS.index("noise")] > 0.0 for row in table.rows] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("dpm_solver", {"order": 4}, "dpm_solver: order: expected a whole number from 1 to 3, got 4"),
+        ("dpm_solver", {"solver": "taylor"}, "solver: expected one of midpoint, heun"),
+        ("dpm_solver", {"curvature": "offset"}, "curvature: expected one of exact, half, got 'offset'"),
+        ("dpm_solver_sde", {"order": 3}, "dpm_solver_sde: order: expected a whole number from 1 to 2, got 3"),
+        ("dpm_solver_sde", {"eta": 2.0}, "eta: expected a number from 0 to 1"),
+        ("dpm_solver_sde", {"schedule": FLOW, "prediction": "flow"}, "'flow' keeps no signal at its first timestep"),
+        ("dpmpp_2m", {"order": 3}, "dpmpp_2m: order: expected a whole number from 1 to 2, got 3"),
+        ("dpmpp_3m_sde", {"curvature": "none"}, "curvature: expected one of exact, half, half_offset"),
+        ("dpmpp_2m", {"s_churn": -1.0}, "dpmpp_2m: s_churn: expected a number from 0 to inf, got -1.0"),
+        ("dpmpp_3m", {"s_tmin": "low"}, "dpmpp_3m: s_tmin: expected a number"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(method, options, message):
+    with pytest.raises(InputError, match=message):
+        samplers.build(method, **{"schedule": VP, "steps": 10, "prediction": "v", **options})
