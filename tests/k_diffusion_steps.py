@@ -50,9 +50,10 @@ def their_states(name: str, sigmas: Tensor, **options: Any) -> tuple[list[Tensor
     return [*states[1:], result], levels
 
 
-def our_states(table: StepTable) -> list[Tensor]:
+def our_states(table: StepTable, drawn: Iterator[Tensor] | None = None) -> list[Tensor]:
     """The states after each row in float32, from the same start and with the same noise."""
-    x, drawn, rows = start(float(table.grid.sigmas[0])), noises(), table.tensor()
+    x, rows = start(float(table.grid.sigmas[0])), table.tensor()
+    drawn = noises() if drawn is None else drawn
     anchor, history, result = None, (), []
     for index, use in enumerate(table.uses):
         m = denoise(x, float(table.timesteps[index]))
