@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from fastdiff.samplers.exponential import SOLVERS, Data, Form, Noise
-from fastdiff.samplers.multistep import Step, plan, step_row
+from fastdiff.samplers.multistep import LOWERED, Step, plan, step_row
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_table, whole
 
@@ -89,7 +89,6 @@ def _rows(
 
 # Their grid to the schedule's own end: their class refuses to end at the data.
 DIFFUSERS = {"spacing": "linspace", "endpoint": False, "final_sigma": "schedule"}
-LOWERED = {"lower_order_final": None, "euler_at_final": False}
 
 DPM_SOLVER = MethodInfo(
     name="dpm_solver",

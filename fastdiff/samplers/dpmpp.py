@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from fastdiff.samplers import churn
+from fastdiff.samplers.churn import CHURN_OPTIONS, churn_from
 from fastdiff.samplers.exponential import SOLVERS, Data
-from fastdiff.samplers.multistep import Step, plan, step_row
+from fastdiff.samplers.multistep import LOWERED, Step, plan, step_row
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_table, whole
 
@@ -27,8 +27,7 @@ def dpmpp_2m(problem: Problem, *, order: int = 2, **options: Any) -> StepTable:
     lower_order_final   whether the last step is of order 1 in any case; None: where there are fewer than 15 steps
     euler_at_final      whether the last step is of order 1 in any case, however many there are
     s_churn, s_tmin, s_tmax, s_noise   those of Karras et al. 2022, algorithm 2: each step starts at a level that
-                        `churn.raised_starts` raises, by noise of standard deviation s_noise; D0 and h0 are those of
-                        the raised levels. With s_churn > 0 the method is stochastic. D - D0 holds fresh noise too,
+                        `churn.Churn` raises; D0 and h0 are those of the raised levels. With s_churn > 0 the method is stochastic. D - D0 holds fresh noise too,
                         which h/h0 amplifies: keep s_churn below the range of lambda, 10 or so, or take order=1.
     """
     return _ode("dpmpp_2m", problem, whole("dpmpp_2m", "order", order, 1, 2), **options)
@@ -82,13 +81,10 @@ def _ode(
 ) -> StepTable:
     choice(method, "solver", solver, SOLVERS)
     choice(method, "curvature", curvature, CURVATURES)
-    s_noise = fraction(method, "s_noise", s_noise, high=10.0)
-    points = problem.points()
-    starts = churn.raised_starts(method, problem, points, s_churn, s_tmin, s_tmax)
-    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final, starts=starts)
-    rows = _rows(problem, steps, 0.0, s_noise, solver, curvature)
-    scale = churn.raised_init_scale(points[0], starts[0], s_noise)
-    return make_table(method, problem, rows, init_scale=scale)
+    churn = churn_from(method, s_churn, s_tmin, s_tmax, s_noise)
+    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final, churn=churn)
+    scale = churn.init_scale(problem, problem.points()[0].init_scale, scaled=False)
+    return make_table(method, problem, _rows(problem, steps, 0.0, 0.0, solver, curvature), init_scale=scale)
 
 
 def _sde(
@@ -124,13 +120,11 @@ def _rows(
             propagation,
             solver,
             noise=step.end.sigma * math.sqrt(max(1.0 - noise_kept**2, 0.0)) * s_noise,
-            churn_noise=s_noise,
             curvature=curvature,
         )
 
 
 DIFFUSERS = {"spacing": "linspace", "endpoint": False}
-LOWERED = {"lower_order_final": None, "euler_at_final": False}
 
 DPMPP_2M = MethodInfo(
     name="dpmpp_2m",
@@ -139,7 +133,7 @@ DPMPP_2M = MethodInfo(
     stochastic=False,
     evaluations_per_step=1,
     history=1,
-    options={"order": 2, "solver": "midpoint", **LOWERED, **churn.OPTIONS},
+    options={"order": 2, "solver": "midpoint", **LOWERED, **CHURN_OPTIONS},
     diffusers=DIFFUSERS,
     rows=dpmpp_2m,
 )
@@ -150,7 +144,7 @@ DPMPP_3M = MethodInfo(
     stochastic=False,
     evaluations_per_step=1,
     history=2,
-    options={"solver": "midpoint", "curvature": "exact", **LOWERED, **churn.OPTIONS},
+    options={"solver": "midpoint", "curvature": "exact", **LOWERED, **CHURN_OPTIONS},
     diffusers={**DIFFUSERS, "curvature": "half"},
     rows=dpmpp_3m,
 )

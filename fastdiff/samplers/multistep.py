@@ -1,27 +1,38 @@
 """Multistep exponential integrators: which earlier predictions a step reads, and its row."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastdiff.samplers.churn import Churn, ChurnedStep
 from fastdiff.samplers.exponential import Form, Propagation, combine, corrections, log_ratio
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import Row, make_row
 
+NO_CHURN = Churn(s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
+# Whether the last step is of order 1 and the one before it of order 2 in any case, None: where there are fewer than 15
+# steps; and whether the last step is of order 1 in any case, however many there are.
+LOWERED = {"lower_order_final": None, "euler_at_final": False}
+
 
 @dataclass(frozen=True)
 class Step:
-    """From `start`, where the network is called, to `end`; the state then goes on from `to`, which churn makes noisier.
+    """A step of the grid and what it knows of the past.
 
     nodes   where the earlier predictions that the step reads lie, in units of its length in lambda, the last one first
     kept    whether a later step reads this one's prediction
     """
 
-    start: Point
-    end: Point
-    to: Point
+    churned: ChurnedStep
     nodes: tuple[float, ...]
     kept: bool
+
+    @property
+    def start(self) -> Point:
+        return self.churned.start
+
+    @property
+    def end(self) -> Point:
+        return self.churned.end
 
     @property
     def decay(self) -> float:
@@ -33,39 +44,32 @@ def plan(
     problem: Problem,
     order: int,
     *,
-    lower_order_final: bool | None = None,
-    euler_at_final: bool = False,
-    starts: Sequence[Point] | None = None,
+    lower_order_final: bool | None,
+    euler_at_final: bool,
+    churn: Churn = NO_CHURN,
 ) -> list[Step]:
-    """The steps between the grid's points, each of the highest order up to `order` that its past allows.
+    """The steps of the grid, each of the highest order up to `order` that its past and LOWERED allow.
 
     The first step is of order 1, as is one after a point without signal, where lambda is infinite, and one to
     sigma' = 0; the step after it is of order 2.
-    lower_order_final   whether the last step is of order 1 and the one before it of order 2 in any case; None: where
-                        there are fewer than 15 steps
-    euler_at_final      whether the last step is of order 1 in any case
-    starts              where the network is called, if not at the points themselves; one for each step
     """
-    *points, last = problem.points()
-    starts, ends = list(starts or points), [*points[1:], last]
-    steps = len(ends)
+    churned = [*churn.steps(problem, scaled=False)]
+    ratios, steps = [step.start.ratio for step in churned], len(churned)
     lowered = steps + problem.grid.skipped < 15 if lower_order_final is None else lower_order_final
     orders: list[int] = []
     past = 0
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    for i, step in enumerate(churned):
         # Nothing is extrapolated from a point without signal, nor to a start that churn raised above the last one.
-        follows = i > 0 and start.ratio < starts[i - 1].ratio < math.inf
-        past = past + 1 if follows else 0
-        highest = min(order, past + 1, steps - i if lowered else order)
+        past = past + 1 if i > 0 and ratios[i] < ratios[i - 1] < math.inf else 0
         # A step of no length changes nothing, whatever its order.
-        first_order = end.ratio in (0.0, start.ratio) or (euler_at_final and i == steps - 1)
-        orders.append(1 if first_order else highest)
+        first_order = step.end.ratio in (0.0, ratios[i]) or (euler_at_final and i == steps - 1)
+        orders.append(1 if first_order else min(order, past + 1, steps - i if lowered else order))
     result = []
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        h = log_ratio(start.ratio, end.ratio)
-        nodes = tuple(log_ratio(start.ratio, starts[i - j].ratio) / h for j in range(1, orders[i]))
+    for i, step in enumerate(churned):
+        h = log_ratio(ratios[i], step.end.ratio)
+        nodes = tuple(log_ratio(ratios[i], ratios[i - j]) / h for j in range(1, orders[i]))
         kept = any(orders[i + j] > j for j in (1, 2) if i + j < steps)
-        result.append(Step(start, end, starts[i + 1] if i + 1 < steps else end, nodes, kept))
+        result.append(Step(step, nodes, kept))
     return result
 
 
@@ -77,12 +81,10 @@ def step_row(
     solver: str,
     *,
     noise: float = 0.0,
-    churn_noise: float = 1.0,
     curvature: str = "exact",
 ) -> Row:
-    """The row of a step: noise * z is added at its end, churn_noise * z (in units of what is missing) to raise it."""
+    """The row of a step, which adds noise * z at its end; or churn's own where that raises the end."""
     quantity = form.quantity(problem, step.start)
-    past = {f"hist{j}": 1.0 for j in range(1, len(step.nodes) + 1)}
     # The solver is that of one node; through two earlier ones there is only the parabola.
     solver = "heun" if len(step.nodes) == 2 else solver
     weights = [propagation.scale * w for w in corrections(step.nodes, propagation.z, solver, curvature)]
@@ -90,11 +92,11 @@ def step_row(
         [
             (propagation.x, {"x": 1.0}),
             (propagation.q - math.fsum(weights), quantity),
-            *((weight, {name: 1.0}) for weight, name in zip(weights, past, strict=True)),
+            *((weight, {f"hist{j}": 1.0}) for j, weight in enumerate(weights, start=1)),
             (noise, {"noise": 1.0}),
         ]
     )
-    if step.to is not step.end:
-        raised = step.to.alpha * math.sqrt(step.to.ratio**2 - step.end.ratio**2)
-        new_x = combine([(step.to.alpha / step.end.alpha, new_x), (raised * churn_noise, {"noise": 1.0})])
-    return make_row(problem, step.start, new_x, to=step.to, history=quantity if step.kept else None)
+    to = step.churned.to
+    if to is not step.end:
+        new_x = step.churned.raised(new_x)
+    return make_row(problem, step.start, new_x, to=to, history=quantity if step.kept else None)

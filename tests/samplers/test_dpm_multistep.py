@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from convergence import assert_order, distance
 from interpret import trajectory
+from lambda_integral import integral
 from mixture import Mixture
 from stochastic import assert_distribution, assert_power
 
@@ -40,28 +41,7 @@ CASES = {
     "dpm_solver_sde-heun": {"solver": "heun", "eta": 0.6, "s_noise": 1.1},
     "dpm_solver_sde-order1": {"order": 1},
 }
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(60)
 X = np.linspace(-2.0, 2.0, 7)
-
-
-def integral(rate: float, h: float, past: list, places: list[float], solver: str, half: bool):
-    """int_0^h e^(rate (h - u)) P(u) du by quadrature; P through `past` (the newest first) at 0 and `places` < 0.
-
-    With one earlier value and "midpoint", P is what it is at h/2. Half the curvature: P'' is halved.
-    """
-    u = 0.5 * h * (NODES + 1.0)
-    kernel = 0.5 * h * WEIGHTS * np.exp(rate * (h - u))
-    value = past[0]
-    if len(past) == 1:
-        return kernel.sum() * value
-    if len(past) == 2:
-        slope = (past[1] - value) / places[0]
-        return kernel.sum() * value + (kernel.sum() * h / 2 if solver == "midpoint" else (kernel * u).sum()) * slope
-    a, b = places
-    # value + p u + q u^2 through the other two.
-    q = ((past[2] - value) / b - (past[1] - value) / a) / (b - a)
-    p = (past[1] - value) / a - q * a
-    return kernel.sum() * value + (kernel * u).sum() * p + (kernel * u**2).sum() * q * (0.5 if half else 1.0)
 
 
 def states(method: str, grid, noises, *, order=None, eta=None, s_noise=1.0, solver=None, curvature="exact"):
@@ -88,7 +68,8 @@ def states(method: str, grid, noises, *, order=None, eta=None, s_noise=1.0, solv
             x = alpha1 * data + sigma1 * (kept * epsilon + (1.0 - kept) * s_noise * noises[i])
         else:
             h = lam[i + 1] - lam[i]
-            about = past[: len(earlier) + 1], earlier, solver, curvature == "half"
+            known = past[: len(earlier) + 1]
+            about = known, earlier, "heun" if len(known) == 3 else solver, curvature == "half"
             if "pp" in method:
                 drift = alpha1 * (1.0 + eta) * integral(-(1.0 + eta), h, *about)
                 kept, std = sigma1 / sigma * math.exp(-eta * h), sigma1 * math.sqrt(1.0 - math.exp(-2.0 * eta * h))
@@ -212,8 +193,8 @@ def test_churn_raises_the_start(schedule):
     r = 9.0 if schedule.kind == "flow" else 40.0
     alpha, sigma = (float(value) for value in schedule.from_ratio(1.2 * r))
     assert table.init_level == pytest.approx((alpha, sigma), rel=1e-12)
-    whole = 1.0 if schedule.kind == "vp" else sigma
-    assert table.init_scale == pytest.approx(whole * math.sqrt((1.0 + 0.44 * 2.25) / 1.44), rel=1e-12)
+    kept = plain.init_scale * alpha / plain.init_level[0]
+    assert table.init_scale == pytest.approx(math.hypot(kept, 1.5 * alpha * r * math.sqrt(0.44)), rel=1e-12)
     assert table.timesteps[0] == pytest.approx(float(schedule.timestep_of(1.2 * r)))
     assert not any(use.noise for use in plain.uses)
     # The state is at the level that the next step starts from, which is what a kept part of an image is brought to.
