@@ -15,7 +15,7 @@ def integral(
     solver: str,
     half: bool = False,
 ) -> np.ndarray:
-    """int_0^h e^(rate (h - u)) P(u) du; P has values[0] at 0 and the others at `places`, which are negative for the past.
+    """int_0^h e^(rate (h - u)) P(u) du; P has values[0] at 0 and the others at `places`, negative for the past.
 
     "heun": P is the polynomial through all of them, with half of P'' where `half`. "midpoint": the line through two of
     them, taken at h/2; of three, the line through the first and the third.

@@ -27,8 +27,9 @@ def dpmpp_2m(problem: Problem, *, order: int = 2, **options: Any) -> StepTable:
     lower_order_final   whether the last step is of order 1 in any case; None: where there are fewer than 15 steps
     euler_at_final      whether the last step is of order 1 in any case, however many there are
     s_churn, s_tmin, s_tmax, s_noise   those of Karras et al. 2022, algorithm 2: each step starts at a level that
-                        `churn.Churn` raises; D0 and h0 are those of the raised levels. With s_churn > 0 the method is stochastic. D - D0 holds fresh noise too,
-                        which h/h0 amplifies: keep s_churn below the range of lambda, 10 or so, or take order=1.
+                        `churn.Churn` raises; D0 and h0 are those of the raised levels. With s_churn > 0 the method is
+                        stochastic. D - D0 holds fresh noise too, which h/h0 amplifies: keep s_churn below the range of
+                        lambda, 10 or so, or take order=1.
     """
     return _ode("dpmpp_2m", problem, whole("dpmpp_2m", "order", order, 1, 2), **options)
 

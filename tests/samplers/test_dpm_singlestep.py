@@ -16,7 +16,7 @@ from stochastic import assert_distribution, assert_power
 
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
-from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_X
+from fastdiff.ops.row import INPUTS, KNOWN, NEW_ANCHOR, NEW_X
 
 VP, FLOW = schedules.linear(1000), schedules.flow(1000, shift=2.0)
 KINDS = {
@@ -138,3 +138,140 @@ def test_states(case, kind):
         found = trajectory(Mixture().denoiser(schedule, prediction), table, start, lambda i: noises[i])
         for ours, theirs in zip(found, states(method, schedule, table.grid, noises, options), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * np.abs(theirs).max())
+
+
+ORDERS = {
+    "dpm_solver_singlestep": (VP, "epsilon", 2, {}),
+    "dpm_solver_singlestep-heun-flow": (FLOW, "flow", 2, {"solver": "heun"}),
+    "dpm_solver_singlestep-order3": (VP, "v", 3, {"order": 3}),
+    "dpm_solver_singlestep-order3-heun-flow": (FLOW, "flow", 3, {"order": 3, "solver": "heun"}),
+    "dpmpp_singlestep": (VP, "sample", 2, {}),
+    "dpmpp_singlestep-order1": (VP, "v", 1, {"order": 1}),
+    "dpmpp_singlestep-order3": (FLOW, "flow", 3, {"order": 3}),
+    "dpmpp_singlestep-order3-heun": (VP, "epsilon", 3, {"order": 3, "solver": "heun", "r1": 0.5}),
+    "dpmpp_singlestep-grid": (VP, "v", 2, {"points": "grid"}),
+    "dpmpp_2s_ancestral": (VP, "v", 2, {"eta": 0.0}),
+    "dpmpp_sde": (VP, "epsilon", 2, {"eta": 0.0}),
+    "dpmpp_sde-order3": (VP, "v", 3, {"eta": 0.0, "order": 3, "solver": "heun"}),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_order_of_convergence(case):
+    schedule, prediction, order, options = ORDERS[case]
+    assert_order(order, case.split("-")[0], schedule, prediction, step_counts=(80, 160, 320), **options)
+    assert "order" in options or samplers.methods()[case.split("-")[0]].order == order
+
+
+def test_third_order_needs_its_second_inner_point():
+    """Away from r2 = 2/3 the state at r1, which is of order 1, counts in the result."""
+    errors = [error("dpmpp_singlestep", VP, "v", steps, order=3, r2=0.8) for steps in (80, 160, 320)]
+    assert np.log2(errors[1] / errors[2]) == pytest.approx(2.0, abs=0.06)
+
+
+DISTRIBUTIONS = {
+    "dpmpp_2s_ancestral": {},
+    "dpmpp_2s_ancestral-half": {"eta": 0.5},
+    "dpmpp_sde": {},
+    "dpmpp_sde-independent": {"noise": "independent"},
+    "dpmpp_sde-order3": {"order": 3, "solver": "heun", "eta": 0.7},
+    "dpm_solver_singlestep-eta": {"eta": 1.0, "order": 3},
+    "dpmpp_singlestep-eta": {"eta": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", DISTRIBUTIONS)
+def test_distribution(case):
+    assert_distribution(case.split("-")[0], **DISTRIBUTIONS[case])
+
+
+@pytest.mark.parametrize("case", ["dpmpp_2s_ancestral", "dpmpp_sde"])
+def test_a_wrong_noise_coefficient_is_seen(case):
+    assert_power(case, **DISTRIBUTIONS[case])
+
+
+@pytest.mark.parametrize("r", [0.3, 0.5])
+def test_the_two_noises_of_a_step_are_one_path(r):
+    """z_2 = sqrt(c) z_1 + sqrt(1 - c) z', c = (e^(2 r h) - 1) / (e^(2 h) - 1) at eta = 1: the SDE's own covariance."""
+    table = samplers.build("dpmpp_sde", schedule=VP, steps=6, prediction="v", spacing="karras", r=r)
+    noise = INPUTS.index("noise")
+    for i in range(5):
+        low, high = table.grid.noise_ratios[i + 1], table.grid.noise_ratios[i]
+        h, alpha1 = math.log(high / low), table.grid.alphas[i + 1]
+        c = math.expm1(2.0 * r * h) / math.expm1(2.0 * h)
+        up = alpha1 * low * math.sqrt(-math.expm1(-2.0 * h))
+        first, second = table.rows[2 * i], table.rows[2 * i + 1]
+        assert first[NEW_ANCHOR][noise] == pytest.approx(up * math.sqrt(c), rel=1e-9)
+        assert second[NEW_X][noise] == pytest.approx(up * math.sqrt(1.0 - c), rel=1e-9)
+        assert second[NEW_X][INPUTS.index("anchor")] == 1.0
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 6, 7, 8, 20])
+def test_fast_orders(evaluations):
+    """Lu et al. 2022, section 3.4: as many third-order steps as fit, the rest by lower ones."""
+    steps = evaluations // 3 + 1
+    options = {"order": 3, "evaluations": evaluations, "spacing": "logsnr"}
+    table = samplers.build("dpm_solver_singlestep", schedule=VP, steps=steps, prediction="epsilon", **options)
+    starts = np.flatnonzero(np.isin(np.round(table.timesteps, 9), np.round(table.grid.timesteps[:-1], 9)))
+    found = np.diff([*starts, len(table)]).tolist()
+    expected = {0: [3] * (steps - 2) + [2, 1], 1: [3] * (steps - 1) + [1], 2: [3] * (steps - 1) + [2]}[evaluations % 3]
+    assert len(table) == evaluations
+    assert found == expected
+
+
+@pytest.mark.parametrize("steps", [2, 7, 20])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("karras", [False, True], ids=["linspace", "karras"])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_diffusers_sde(schedule, karras, prediction, steps):
+    """DPMSolverSDEScheduler, whose state is y = x / alpha: every state and network input, with the same noise."""
+    names = {"epsilon": "epsilon", "v": "v_prediction"}
+    config = {"prediction_type": names[prediction], "use_karras_sigmas": karras, **SCHEDULES[schedule]}
+    scheduler = diffusers.DPMSolverSDEScheduler(1000, **config)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(5)
+    noises = [torch.randn(2, 3, 8, 8, generator=generator) for _ in range(2 * steps)]
+    drawn = iter(noises)
+    scheduler.noise_sampler = lambda *_: next(drawn)
+    own = schedules.custom(scheduler.alphas_cumprod.double().numpy())
+    options = samplers.methods()["dpmpp_sde"].diffusers
+    if karras:
+        options = {"spacing": "karras", "sigma_max": float(own.noise_ratios[-1]), "noise": "independent"}
+    table = samplers.build("dpmpp_sde", schedule=own, steps=steps, prediction=prediction, **options)
+    np.testing.assert_allclose(table.timesteps, scheduler.timesteps, rtol=1e-5, atol=1e-3)
+    y = torch.randn(2, 3, 8, 8, generator=generator) * scheduler.init_noise_sigma
+    anchor, remaining = None, iter(noises)
+    for i, t in enumerate(scheduler.timesteps):
+        x = y.double().numpy() * table.levels[i, 0]
+        given = scheduler.scale_model_input(y, t)
+        assert relative(torch.from_numpy(x), given) < 1e-5
+        m = network(own, prediction, given, float(t))
+        noise = next(remaining).double().numpy() if table.uses[i].noise else None
+        ours, _, new_anchor = apply_row(table.rows[i], x, m.double().numpy(), anchor, [], noise)
+        anchor = anchor if new_anchor is None else new_anchor
+        y = scheduler.step(m, t, y).prev_sample
+        assert relative(torch.from_numpy(ours / table.rows[i, KNOWN][0]), y) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("dpm_solver_singlestep", {"order": 4}, "order: expected a whole number from 1 to 3, got 4"),
+        ("dpm_solver_singlestep", {"points": "inner"}, "points: expected one of between, grid"),
+        ("dpm_solver_singlestep", {"r1": 1.0}, "r1, r2: expected rising numbers between 0 and 1, got 1.0 and None"),
+        ("dpmpp_singlestep", {"order": 3, "r1": 0.7}, "r1, r2: expected rising numbers between 0 and 1, got 0.7"),
+        ("dpmpp_singlestep", {"r2": 0.7}, "r1, r2: order 2 with points='between' has no use for them"),
+        ("dpmpp_singlestep", {"r1": 0.4, "points": "grid"}, "r1, r2: order 2 with points='grid' has no use for them"),
+        ("dpmpp_singlestep", {"evaluations": 8, "order": 3}, "evaluations: 8 calls need order=3, .* and steps=3, got"),
+        ("dpmpp_singlestep", {"evaluations": 28}, "evaluations: 28 calls need order=3, .* got order=2"),
+        ("dpmpp_singlestep", {"evaluations": 0}, "evaluations: expected a whole number from 1 to 30, got 0"),
+        ("dpmpp_sde", {"noise": "path"}, "noise: expected one of brownian, independent"),
+        ("dpmpp_sde", {"r": 0.4, "points": "grid"}, "has no use for"),
+        ("dpmpp_sde", {"curvature": "half"}, "curvature: expected one of exact, offset"),
+        ("dpmpp_2s_ancestral", {"eta": 1.5}, "eta: expected a number from 0 to 1, got 1.5"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(method, options, message):
+    with pytest.raises(InputError, match=message):
+        samplers.build(method, **{"schedule": VP, "steps": 10, "prediction": "v", **options})
