@@ -38,6 +38,8 @@ CLASSES = {
     "dpm_solver_sde": "DPMSolverMultistepScheduler",
     "dpm_solver_singlestep": "DPMSolverSinglestepScheduler",
     "dpmpp_singlestep": "DPMSolverSinglestepScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
     "flow_euler": "FlowMatchEulerDiscreteScheduler",
     "ddim_inverse": "DDIMInverseScheduler",
     "pndm": "PNDMScheduler",
@@ -62,6 +64,11 @@ CONFIGS = {
     "dpm_solver_sde": {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
     "dpm_solver_singlestep": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
 }
+FLOW_CLASSES = (
+    diffusers.FlowMatchEulerDiscreteScheduler,
+    diffusers.FlowMatchHeunDiscreteScheduler,
+    diffusers.FlowMatchLCMScheduler,
+)
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,11 @@ def scheduler_for(method: str, schedule: str, prediction: str, **config: Any) ->
 
 def schedule_of(scheduler: Any) -> Schedule:
     """Their own float32 schedule, value for value, so that only the steps are compared."""
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, FLOW_CLASSES):
         return schedules.flow(1000, shift=scheduler.config.shift)
+    if isinstance(scheduler, diffusers.CMStochasticIterativeScheduler):
+        ends = {name: scheduler.config[name] for name in ("sigma_min", "sigma_max", "sigma_data")}
+        return schedules.edm(scheduler.config.num_train_timesteps, timestep_scale=1000.0, **ends)
     return schedules.custom(scheduler.alphas_cumprod.double().numpy())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fastdiff import parameterization
 from fastdiff.errors import InputError
 from fastdiff.samplers import (
+    consistency,
     ddim,
     ddpm,
     deis,
@@ -67,6 +68,11 @@ _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
             dpmpp_sde.DPMPP_2S_ANCESTRAL,
             dpmpp_sde.DPMPP_SDE,
             flow.INFO,
+            flow.EULER,
+            flow.HEUN,
+            consistency.LCM,
+            consistency.TCD,
+            consistency.CONSISTENCY,
         )
     }
 )

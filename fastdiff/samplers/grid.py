@@ -1,12 +1,10 @@
 """The points a sampler visits, from the noisiest to the cleanest, in float64."""
 
-from typing import Any
-
 import numpy as np
 
 from fastdiff.errors import InputError
 from fastdiff.samplers.grid_types import FINAL_SIGMAS, GRID_OPTIONS, Grid, GridOptions, options_from
-from fastdiff.samplers.placement import GIVEN, SPACINGS
+from fastdiff.samplers.placement import GIVEN, SPACINGS, strength_steps
 from fastdiff.schedules import Schedule
 
 __all__ = ["GRID_OPTIONS", "Grid", "GridOptions", "build", "options_from"]
@@ -32,7 +30,9 @@ def build(schedule: Schedule, steps: int | None, options: GridOptions) -> Grid:
         count = steps
     grid = place(schedule, count, options, spacing, final)
     _check_points(grid, schedule, options, spacing, final)
-    return grid if options.strength is None else grid.tail(_kept(grid.steps, options.strength))
+    if options.strength is None or spacing == "lcm":
+        return grid
+    return grid.tail(strength_steps(grid.steps, options.strength))
 
 
 def _spacing(schedule: Schedule, options: GridOptions) -> str:
@@ -97,12 +97,3 @@ def _check_points(grid: Grid, schedule: Schedule, options: GridOptions, spacing:
             f"steps: {grid.steps} steps do not fit between the {schedule.steps} timesteps of the schedule with these "
             "grid options; take fewer steps, integer=False, or final_sigma='zero'"
         )
-
-
-def _kept(steps: int, strength: Any) -> int:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0.0 < strength <= 1.0:
-        raise InputError(f"strength: expected a number above 0 and at most 1, got {strength!r}")
-    kept = int(steps * strength)
-    if kept < 1:
-        raise InputError(f"strength: {strength:g} of {steps} steps leaves none; take more steps or a larger strength")
-    return kept

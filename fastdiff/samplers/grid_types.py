@@ -22,7 +22,9 @@ class GridOptions:
                     et al. 2022, equation 5), "exponential" (log(level), as k-diffusion: the last evaluation is at the
                     clean end), "logsnr" (log(alpha / sigma), as DPM-Solver: the last step ends at the clean end),
                     "polyexponential" (log(level)^(1/rho); k-diffusion), "beta" (quantiles of a beta distribution; Lee
-                    et al. 2024). "align_your_steps": the levels of Sabour et al. 2024, for VP and VE schedules.
+                    et al. 2024). "align_your_steps": the levels of Sabour et al. 2024, for VP and VE schedules. "lcm":
+                    evenly picked from the timesteps k T/original_steps that a latent consistency model was distilled on
+                    (Luo et al. 2023), k = 1, 2 ..., the first timestep being 1.
                     Flow: "flow" (u = 1 - i/steps, then the shift), "linspace" (u from 1 to 1/schedule.steps, then the
                     shift), "karras", "exponential", "polyexponential", "beta" (of t, between the shifted ends).
                     Default: "trailing" for VP and sub-VP, "flow" for flow, "karras" for VE.
@@ -39,6 +41,7 @@ class GridOptions:
     rho             of "karras", default 7; of "polyexponential", default 1.
     beta_a, beta_b  of "beta". Default 0.6.
     ays_model       of "align_your_steps": "sd15", "sdxl" or "svd".
+    original_steps  of "lcm". Default 50, or the training timesteps where they are fewer.
     shift           of a flow grid, in place of the schedule's own (`fastdiff.schedules.dynamic_shift`).
     shift_terminal  of a flow grid: stretched so that the last level before the final one is this, t = 1 staying.
     timesteps       the points themselves, as falling network timesteps, in place of a spacing.
@@ -46,7 +49,8 @@ class GridOptions:
                     grid takes them as t unless `shift` is given, and then as u.
     final_sigma     "zero": the last step ends at the data (default); "schedule": at the clean end of the range
                     (default of "logsnr"); "last": at the last of `timesteps` or `sigmas`.
-    strength        in (0, 1]: only the last int(steps * strength) steps, for a start from a noised image. Default 1.
+    strength        in (0, 1]: only the last int(steps * strength) steps, for a start from a noised image; with "lcm"
+                    all steps, picked from the last int(original_steps * strength) timesteps. Default 1.
     """
 
     spacing: str | None = None
@@ -60,6 +64,7 @@ class GridOptions:
     beta_a: float | None = None
     beta_b: float | None = None
     ays_model: str | None = None
+    original_steps: int | None = None
     shift: float | None = None
     shift_terminal: float | None = None
     timesteps: Sequence[float] | None = None

@@ -10,6 +10,7 @@ from fastdiff.samplers.grid_types import Grid, GridOptions
 from fastdiff.schedules import Array, Schedule, shift_time
 
 LARGEST_SIGMA = 80.0
+ORIGINAL_STEPS = 50
 
 
 def _finish(schedule: Schedule, t: Array, alphas: Array, sigmas: Array, end: tuple[float, float]) -> Grid:
@@ -79,6 +80,38 @@ def _published(schedule: Schedule, steps: int, options: GridOptions, spacing: st
         raise InputError(f"ays_model: align_your_steps needs one of {', '.join(spacings.ALIGN_YOUR_STEPS)}, got None")
     levels = spacings.align_your_steps(options.ays_model, steps + 1)
     return _at_levels(schedule, options, levels[:steps], 0.0 if final == "zero" else float(levels[-1]))
+
+
+def _distilled(schedule: Schedule, steps: int, options: GridOptions, spacing: str, final: str) -> Grid:
+    length, original = schedule.steps, options.original_steps
+    if original is None:
+        original = min(ORIGINAL_STEPS, length)
+    if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original <= length:
+        raise InputError(f"original_steps: expected a whole number from 1 to {length}, got {original!r}")
+    available = original if options.strength is None else strength_steps(original, options.strength)
+    if steps > available:
+        raise InputError(
+            f"steps: spacing='lcm' picks them from {available} timesteps (original_steps={original}, with the "
+            f"strength), got {steps}; take fewer steps, more original_steps, or another spacing"
+        )
+    k = (length // original) * (available - np.arange(steps) * available // steps) - 1.0
+    if schedule.kind == "flow":
+        levels = _shifted(schedule, options, (k + 1.0) / length)
+        return _at_levels(schedule, options, levels, 0.0 if final == "zero" else float(schedule.sigmas[0]))
+    t = schedule.timestep_at(k)
+    alphas, sigmas = schedule.at(t)
+    end = (1.0, 0.0) if final == "zero" else (schedule.alphas[0], schedule.sigmas[0])
+    return _finish(schedule, t, alphas, sigmas, end)
+
+
+def strength_steps(steps: int, strength: float) -> int:
+    """int(steps * strength); InputError where that leaves none."""
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0.0 < strength <= 1.0:
+        raise InputError(f"strength: expected a number above 0 and at most 1, got {strength!r}")
+    kept = int(steps * strength)
+    if kept < 1:
+        raise InputError(f"strength: {strength:g} of {steps} steps leaves none; take more steps or a larger strength")
+    return kept
 
 
 def _given_timesteps(schedule: Schedule, steps: int, options: GridOptions, spacing: str, final: str) -> Grid:
@@ -163,6 +196,7 @@ _Spacings = dict[str, tuple[_Place, tuple[str, ...]]]
 GIVEN = ("timesteps", "sigmas")
 _LEVEL_OPTIONS = ("endpoint", "integer", "sigma_min", "sigma_max")
 _FLOW_OPTIONS = ("shift", "shift_terminal")
+_DISTILLED = ("original_steps",)
 _TIMES: _Spacings = {
     "leading": (_even_timesteps, ("endpoint", "integer", "steps_offset", "interpolation")),
     "linspace": (_even_timesteps, (*_LEVEL_OPTIONS, "interpolation")),
@@ -178,6 +212,7 @@ _SIGNAL: _Spacings = {
     **_TIMES,
     **_LEVELS,
     "logsnr": (_even_levels, _LEVEL_OPTIONS),
+    "lcm": (_distilled, _DISTILLED),
     "timesteps": (_given_timesteps, ("timesteps", "interpolation")),
     "sigmas": (_given_levels, ("sigmas", "integer")),
 }
@@ -190,6 +225,7 @@ SPACINGS: dict[str, _Spacings] = {
         "flow": (_even_flow, _FLOW_OPTIONS),
         "linspace": (_even_flow, (*_LEVEL_OPTIONS, *_FLOW_OPTIONS)),
         **{name: (place, (*used, *_FLOW_OPTIONS)) for name, (place, used) in _LEVELS.items()},
+        "lcm": (_distilled, (*_DISTILLED, *_FLOW_OPTIONS)),
         "timesteps": (_given_timesteps, ("timesteps",)),
         "sigmas": (_given_levels, ("sigmas", "integer", "shift")),
     },

@@ -41,32 +41,32 @@ class Straight:
 
 @dataclass(frozen=True)
 class Geometric:
-    """alpha = 1, sigma = low (high / low)^s; t = sigma, or with logarithm ln(sigma) / 4."""
+    """alpha = 1, sigma = low (high / low)^s; t = sigma, or with a log_scale c > 0 c ln(sigma)."""
 
     low: float
     high: float
-    logarithm: bool
+    log_scale: float = 0.0
 
     @property
     def _span(self) -> float:
         return math.log(self.high / self.low)
 
     def at(self, t: Array, interpolation: str) -> tuple[Array, Array]:
-        return np.ones_like(t), np.exp(4.0 * t) if self.logarithm else t.copy()
+        return np.ones_like(t), np.exp(t / self.log_scale) if self.log_scale else t.copy()
 
     def timestep_of(self, ratio: Array) -> Array:
         sigma = np.where(ratio > 0.0, ratio, self.low)
-        return 0.25 * np.log(sigma) if self.logarithm else sigma
+        return self.log_scale * np.log(sigma) if self.log_scale else sigma
 
     def time(self, t: Array) -> Array:
         with np.errstate(divide="ignore"):
-            log_sigma = 4.0 * t if self.logarithm else np.log(t)
+            log_sigma = t / self.log_scale if self.log_scale else np.log(t)
         return (log_sigma - math.log(self.low)) / self._span
 
     def timestep(self, s: Array) -> Array:
         # A weighted mean of the ends' logarithms, so that s = 1 gives the upper end to the last bit or two.
         log_sigma = (1.0 - s) * math.log(self.low) + s * math.log(self.high)
-        return 0.25 * log_sigma if self.logarithm else np.exp(log_sigma)
+        return self.log_scale * log_sigma if self.log_scale else np.exp(log_sigma)
 
     def rates(self, t: Array) -> tuple[Array, Array]:
         return np.zeros_like(t), 2.0 * self.at(t, "log")[1] ** 2 * self._span
@@ -188,18 +188,31 @@ def ve(steps: int = 1000, *, sigma_min: float = 0.01, sigma_max: float = 50.0) -
     Source: Song et al. 2021, "Score-Based Generative Modeling through SDEs", appendix C (the VE SDE).
     """
     config = {"name": "ve", "steps": steps, **_ends(sigma_min, sigma_max)}
-    return _sampled("ve", Geometric(sigma_min, sigma_max, logarithm=False), steps, 0.0, config)
+    return _sampled("ve", Geometric(sigma_min, sigma_max), steps, 0.0, config)
 
 
-def edm(steps: int = 1000, *, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> Schedule:
-    """alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^s, s from 0 to 1; the network is called with ln(sigma) / 4.
+def edm(
+    steps: int = 1000,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    sigma_data: float = 0.5,
+    timestep_scale: float = 1.0,
+) -> Schedule:
+    """alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^s, s from 0 to 1; the network is called with
+    timestep_scale * ln(sigma) / 4.
 
-    sigma_data  the standard deviation of the data, for the prediction "edm"
+    sigma_data      the standard deviation of the data, for the prediction "edm"
+    timestep_scale  1000 for the released consistency models (Song et al. 2023)
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", table 1.
     """
-    sigma_data = positive("sigma_data", sigma_data)
-    config = {"name": "edm", "steps": steps, **_ends(sigma_min, sigma_max), "sigma_data": sigma_data}
-    return _sampled("ve", Geometric(sigma_min, sigma_max, logarithm=True), steps, 0.0, config, sigma_data=sigma_data)
+    scales = {
+        "sigma_data": positive("sigma_data", sigma_data),
+        "timestep_scale": positive("timestep_scale", timestep_scale),
+    }
+    config = {"name": "edm", "steps": steps, **_ends(sigma_min, sigma_max), **scales}
+    curve = Geometric(sigma_min, sigma_max, 0.25 * timestep_scale)
+    return _sampled("ve", curve, steps, 0.0, config, sigma_data=sigma_data)
 
 
 def vp_sde(steps: int = 1000, *, beta_min: float = 0.1, beta_max: float = 20.0, time_min: float = 1e-3) -> Schedule:

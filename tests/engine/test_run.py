@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from interpret import solve
+from method_cases import fitting
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
@@ -20,9 +21,7 @@ SEEDS = [11, 0, 2**63 + 5, -4, 11]
 
 
 def table(method: str = "dpmpp_2m", steps: int = 6, **options) -> StepTable:
-    flow = method == "flow_euler"
-    schedule = schedules.flow(1000) if flow else schedules.linear(1000)
-    prediction = "flow" if flow else "v"
+    schedule, prediction = fitting(method, schedules.linear(1000))
     return samplers.build(method, schedule=schedule, steps=steps, prediction=prediction, clip=1.5, **options)
 
 

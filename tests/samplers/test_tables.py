@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from method_cases import fitting
 
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
@@ -202,8 +203,7 @@ def rows_of(info: samplers.MethodInfo, steps: int) -> int:
 
 @pytest.mark.parametrize("method", samplers.methods())
 def test_what_every_table_has_in_common(method):
-    schedule = schedules.flow(1000) if method == "flow_euler" else schedules.cosine(1000)
-    prediction = "flow" if method == "flow_euler" else "v"
+    schedule, prediction = fitting(method)
     info = samplers.methods()[method]
     for steps in (1, 2, 3, 5, 20):
         table = samplers.build(method, schedule=schedule, steps=steps, prediction=prediction, clip=0.9)
