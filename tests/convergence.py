@@ -61,7 +61,6 @@ def assert_graded_order(order: int, /, method: str, schedule: Schedule, predicti
 
 def assert_order(
     order: int,
-    /,
     method: str,
     schedule: Schedule,
     prediction: str,

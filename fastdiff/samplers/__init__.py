@@ -27,6 +27,7 @@ from fastdiff.samplers import (
     pndm,
     restart,
     sa_solver,
+    score_sde,
     unipc,
 )
 from fastdiff.samplers.grid import GRID_OPTIONS, Grid
@@ -73,6 +74,8 @@ _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
             consistency.LCM,
             consistency.TCD,
             consistency.CONSISTENCY,
+            score_sde.PF_ODE,
+            score_sde.REVERSE_SDE,
         )
     }
 )
