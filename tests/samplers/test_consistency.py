@@ -228,6 +228,16 @@ def test_tcd_eta(eta):
         assert_parity(table_for("tcd", scheduler, "epsilon", steps, eta=eta), scheduler, eta=eta)
 
 
+@pytest.mark.parametrize("eta", [0.1, 0.3, 0.7, 0.9])
+def test_tcd_rounds_whole_products_to_themselves(eta):
+    """(1 - 0.9) * 10 is 1, though not in floating point."""
+    times = list(range(990, 0, -10))
+    scheduler = scheduler_for("tcd", "linear", "v")
+    table = table_for("tcd", scheduler, "v", None, spacing=None, timesteps=times, eta=eta)
+    scheduler.set_timesteps(timesteps=times)
+    assert differs(table, scheduler, eta=eta) == []
+
+
 @pytest.mark.parametrize("method", ["lcm", "tcd"])
 @pytest.mark.parametrize("strength", [None, 0.5])
 def test_custom_timesteps(method, strength):
