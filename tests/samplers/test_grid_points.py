@@ -35,11 +35,11 @@ def build(schedule: schedules.Schedule, steps: int | None = None, **options) -> 
 
 @pytest.mark.parametrize(("schedule", "spacing"), EVERY, ids=lambda v: v if isinstance(v, str) else v.name)
 def test_every_step_count_has_falling_levels(schedule, spacing):
-    model = "sd15" if spacing == "align_your_steps" else None
+    needed = {"align_your_steps": {"ays_model": "sd15"}, "lcm": {"original_steps": schedule.steps}}
     # The quantiles cost more than all else; what differs between schedules is the two ends.
     stride = 37 if spacing == "beta" and schedule is not LATENT else 1
     for steps in range(1, schedule.steps + 1, stride):
-        points = build(schedule, steps, spacing=spacing, ays_model=model)
+        points = build(schedule, steps, spacing=spacing, **needed.get(spacing, {}))
         ratios, t = points.noise_ratios, points.timesteps
         assert points.steps == steps
         assert (ratios[1:] < ratios[:-1]).all()
