@@ -3,6 +3,7 @@
 from fastdiff import engine, models, ops, samplers, schedules, training
 from fastdiff.config import use_backend
 from fastdiff.engine.guidance import Guidance
+from fastdiff.engine.adaptive import AdaptiveResult, run_adaptive
 from fastdiff.engine.run import run
 from fastdiff.engine.sample import sample
 from fastdiff.errors import BackendError, CheckpointError, InputError
@@ -12,6 +13,7 @@ from fastdiff.ops import explain, report
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveResult",
     "BackendError",
     "CheckpointError",
     "Guidance",
@@ -23,6 +25,7 @@ __all__ = [
     "ops",
     "report",
     "run",
+    "run_adaptive",
     "sample",
     "samplers",
     "schedules",

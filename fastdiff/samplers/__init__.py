@@ -30,12 +30,13 @@ from fastdiff.samplers import (
     score_sde,
     unipc,
 )
+from fastdiff.samplers.adaptive import ADAPTIVE
 from fastdiff.samplers.grid import GRID_OPTIONS, Grid
 from fastdiff.samplers.problem import Problem, Threshold
 from fastdiff.samplers.table import MethodInfo, StepTable
 from fastdiff.schedules import Schedule
 
-__all__ = ["GRID_OPTIONS", "Grid", "MethodInfo", "StepTable", "Threshold", "build", "find", "methods"]
+__all__ = ["ADAPTIVE", "GRID_OPTIONS", "Grid", "MethodInfo", "StepTable", "Threshold", "build", "find", "methods"]
 
 _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
     {
@@ -90,7 +91,9 @@ def find(method: str) -> MethodInfo:
     """The method of that name; InputError with near names if there is none."""
     if method in _METHODS:
         return _METHODS[method]
-    near = difflib.get_close_matches(str(method).lower().replace("-", "_"), _METHODS, n=2, cutoff=0.5)
+    if method in ADAPTIVE:
+        raise InputError(f"method: {method!r} chooses its own steps and has no table; use fastdiff.run_adaptive")
+    near = difflib.get_close_matches(str(method).lower().replace("-", "_"), [*_METHODS, *ADAPTIVE], n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(_METHODS)}"
     raise InputError(f"method: no method {method!r}; {hint}")
 
@@ -123,14 +126,8 @@ def build(
     the schedule.
     """
     info = find(method)
-    if not isinstance(schedule, Schedule):
-        raise InputError(
-            f"schedule: expected a Schedule, got {schedule!r}; use fastdiff.schedules.cosine(1000) or another"
-        )
+    check(schedule, prediction, clip)
     _check_kind(info, schedule)
-    parameterization.check(prediction, schedule)
-    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
-        raise InputError(f"clip: expected a positive number or None, got {clip!r}")
     threshold = _threshold(dynamic_threshold, dynamic_maximum, clip)
     if threshold is not None and clip is None:
         clip = 1.0
@@ -142,6 +139,17 @@ def build(
     points = grid.build(schedule, steps, grid.options_from(options))
     points = points.reversed() if info.inverse else points
     return info.rows(Problem(schedule, points, prediction, clip, threshold), **options)
+
+
+def check(schedule: Schedule, prediction: str, clip: float | None) -> None:
+    """InputError unless there is such a network: `prediction` on `schedule`, with D bounded by `clip`."""
+    if not isinstance(schedule, Schedule):
+        raise InputError(
+            f"schedule: expected a Schedule, got {schedule!r}; use fastdiff.schedules.cosine(1000) or another"
+        )
+    parameterization.check(prediction, schedule)
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
+        raise InputError(f"clip: expected a positive number or None, got {clip!r}")
 
 
 def _check_kind(info: MethodInfo, schedule: Schedule) -> None:

@@ -1,0 +1,332 @@
+"""Sampling with steps chosen from an estimate of their error: a separate kind, which waits for the device at each step.
+
+The state is y = x / alpha = x_0 + r epsilon, r = sigma / alpha, on the probability-flow ODE dy/dr = epsilon(y, r).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff import ops, samplers
+from fastdiff.engine.embedded import Controller, pair
+from fastdiff.engine.network import Network, column
+from fastdiff.engine.run import DTYPES, Denoiser
+from fastdiff.errors import InputError
+from fastdiff.noise import STREAM_INITIAL, STREAM_STEP, seed_tensor
+from fastdiff.samplers.adaptive import ADAPTIVE, AdaptiveInfo
+from fastdiff.samplers.euler import ancestral_step
+from fastdiff.samplers.grid import LARGEST_SIGMA, Grid
+from fastdiff.samplers.problem import Problem
+from fastdiff.samplers.table import fraction, whole
+from fastdiff.schedules import Array, Schedule
+
+SMALLEST_STEP = 1e-5
+"""In lambda: what is left of the way is added to a step when it is less than this."""
+POSITIVE = ("rtol", "atol", "h_init")
+UNIT = ("rtol", "atol", "accept_safety", "eta")
+"""Options from 0 to 1; the other numbers go to 10."""
+
+
+@dataclass(frozen=True)
+class AdaptiveResult:
+    """x           float32 samples
+    evaluations    how often the network was called
+    accepted, rejected   steps, of the sample that has most of them
+    """
+
+    x: Tensor
+    evaluations: int
+    accepted: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class AdaptiveStep:
+    """What a callback is told after each try of a step.
+
+    evaluations    calls of the network so far
+    ratios         sigma / alpha that is reached, one number for each sample, or one for all
+    accepted       whether the try counts, likewise
+    x              the state y = x / alpha, float32. Read it, do not write to it
+    """
+
+    evaluations: int
+    ratios: tuple[float, ...]
+    accepted: tuple[bool, ...]
+    x: Tensor
+
+
+Callback = Callable[[AdaptiveStep], None]
+
+
+def run_adaptive(
+    denoiser: Denoiser,
+    *,
+    method: str,
+    schedule: Schedule,
+    shape: Sequence[int],
+    seeds: Iterable[int],
+    prediction: str = "epsilon",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    final_sigma: str = "zero",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    guidance: float | None = None,
+    clip: float | None = None,
+    x: Tensor | None = None,
+    callback: Callback | None = None,
+    **options: Any,
+) -> AdaptiveResult:
+    """Samples by y' = y + integral of epsilon(y, r) dr from r = sigma_max to sigma_min, y = x / alpha, r = sigma /
+    alpha, with steps as long as the tolerances rtol and atol allow.
+
+    method        "dpm_adaptive": DPM-Solver-12 or -23 (Lu et al. 2022) with a PID control of the step in log r, as in
+                  k-diffusion. Options:
+                    order       3 (pair 2-3) or 2 (pair 1-2)
+                    rtol, atol  a step counts where the root mean square of (y_low - y_high) / max(atol, rtol |y|) is
+                                about 1 at most
+                    h_init      first step, in -log r
+                    pcoeff, icoeff, dcoeff, accept_safety   of the control (`fastdiff.engine.embedded.Controller`)
+                    eta, s_noise   eta > 0 adds noise at each step, as `euler_ancestral` does
+                    per_sample  True: each sample has its own steps, so that it depends on its own seed alone, and the
+                                network is called until the last sample is done. False: one step size for the batch, as
+                                in k-diffusion; a sample then depends on the others of its batch, within the tolerance.
+                  "rk45": Dormand-Prince 5(4) of torchdiffeq (pip install fastdiff-engine[adaptive]) over r. Options:
+                    rtol, atol  bound the error of every sample. The steps are the batch's, so that a sample depends
+                                on the others of its batch, within the tolerance.
+    denoiser, seeds, device, dtype   those of `fastdiff.run`, shape too; t is float32
+    schedule, prediction, clip       those of `fastdiff.samplers.build`
+    sigma_min, sigma_max   ends in r. Default: those of the schedule, r = 80 at most unless it is of kind "ve"
+    final_sigma   "zero": one more call of the network, and the samples are D at sigma_min; "schedule": they are y there
+    guidance      m = uncond + guidance * (cond - uncond); the denoiser gets [uncond; cond]
+    x             the state y to start from instead of drawn noise, float32 of that shape
+    callback      called with an `AdaptiveStep` after each try of a step; for rk45 after those that count
+
+    Errors: InputError for arguments that do not fit each other, a network output that is not finite or of another
+    shape, tolerances that no step meets in float32, and rk45 without torchdiffeq.
+    """
+    info = find(method)
+    chosen = _options(info, options)
+    problem = _problem(schedule, prediction, clip, sigma_min, sigma_max)
+    keys = seed_tensor(seeds, device)
+    _check(shape, len(keys), dtype, guidance, final_sigma)
+    first, last = problem.points(scaled=True)
+    with torch.no_grad():
+        if x is None:
+            y = ops.philox_normal(keys, tuple(shape), stream=STREAM_INITIAL).mul_(first.init_scale)
+        elif x.shape == tuple(shape) and x.dtype == torch.float32 and x.device == keys.device:
+            y = x
+        else:
+            got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            raise InputError(f"x: expected float32 {tuple(shape)} on {keys.device}, got {got}; convert it")
+        network = Network(denoiser, problem, dtype, guidance)
+        solve = {"dpm_adaptive": _dpm_adaptive, "rk45": _rk45}[method]
+        end, accepted, rejected = solve(network, y, first.ratio, last.ratio, keys, callback, **chosen)
+        if final_sigma == "zero":
+            end = network.data(end, [last.ratio])
+    return AdaptiveResult(end.clone() if end is x else end, network.evaluations, accepted, rejected)
+
+
+def find(method: str) -> AdaptiveInfo:
+    """The adaptive method of that name; InputError if there is none."""
+    if method not in ADAPTIVE:
+        raise InputError(
+            f"method: expected one of {', '.join(ADAPTIVE)}, got {method!r}; methods with a fixed number of steps go "
+            "through fastdiff.samplers.build and fastdiff.run"
+        )
+    return ADAPTIVE[method]
+
+
+def _dpm_adaptive(
+    network: Network,
+    y: Tensor,
+    start: float,
+    end: float,
+    keys: Tensor,
+    callback: Callback | None,
+    *,
+    order: int,
+    rtol: float,
+    atol: float,
+    h_init: float,
+    pcoeff: float,
+    icoeff: float,
+    dcoeff: float,
+    accept_safety: float,
+    eta: float,
+    s_noise: float,
+    per_sample: bool,
+) -> tuple[Tensor, int, int]:
+    groups = len(y) if per_sample else 1
+    place, last = np.full(groups, -math.log(start)), -math.log(end)
+    # Noise in the steps lowers the order of the error.
+    control_order = 1.5 if eta else float(order)
+    gains = {"p": pcoeff, "i": icoeff, "d": dcoeff, "safety": accept_safety}
+    control = Controller(np.full(groups, h_init), control_order, **gains)
+    taken, tried = np.zeros(groups, dtype=int), np.zeros(groups, dtype=int)
+    previous, eps = y, None
+    while (active := place < last).any():
+        to = np.where(place + control.h > last - SMALLEST_STEP, last, place + control.h)
+        if (to[active] <= place[active]).any():
+            raise _too_tight(rtol, atol, float(np.exp(-place[active].max())))
+        down, up = to, np.zeros(groups)
+        if eta:
+            down, up = _split(place, to, last, eta)
+        if eps is None:
+            eps = network.noise(y, np.exp(-place))
+        low, high = pair(order, network.noise, y, eps, place, np.where(active, down, place))
+        accepted = control.accept(_error(low, high, previous, rtol, atol, groups), active)
+        if accepted.any():
+            if eta:
+                high = high + column(s_noise * up, y) * _normal(keys, y.shape, taken)
+            counts = torch.from_numpy(accepted).to(y.device).view(-1, *[1] * (y.dim() - 1))
+            y, previous = torch.where(counts, high, y), torch.where(counts, low, previous)
+            # A try that failed everywhere starts again from what is known.
+            eps = None
+        place = np.where(accepted, to, place)
+        taken, tried = taken + accepted, tried + active
+        if callback is not None:
+            reached = tuple(np.exp(-place).tolist())
+            callback(AdaptiveStep(network.evaluations, reached, tuple(accepted.tolist()), y))
+    return y, int(taken.max()), int((tried - taken).max())
+
+
+def _split(start: Array, to: Array, last: float, eta: float) -> tuple[Array, Array]:
+    """(lambda to step to without noise, standard deviation of the noise that leads back to `to`)."""
+    levels = [ancestral_step(r, r1, eta)[0] for r, r1 in zip(np.exp(-start), np.exp(-to), strict=True)]
+    with np.errstate(divide="ignore"):
+        down = np.minimum(last, -np.log(levels))
+    return down, np.sqrt(np.maximum(np.exp(-2.0 * to) - np.exp(-2.0 * down), 0.0))
+
+
+def _error(low: Tensor, high: Tensor, previous: Tensor, rtol: float, atol: float, groups: int) -> Array:
+    """Root mean square of (low - high) / max(atol, rtol |y|), one number for each group of samples."""
+    allowed = torch.maximum(low.abs(), previous.abs()).mul_(rtol).clamp_(min=atol)
+    ratio = ((low - high) / allowed).view(groups, -1)
+    return (torch.linalg.vector_norm(ratio, dim=1).double() / math.sqrt(ratio.shape[1])).cpu().numpy()
+
+
+def _normal(keys: Tensor, shape: torch.Size, steps: Array) -> Tensor:
+    """Standard normal noise; each sample's counter is the number of steps that it has taken."""
+    if len(steps) == 1:
+        return ops.philox_normal(keys, tuple(shape), step=int(steps[0]), stream=STREAM_STEP)
+    one = (1, *shape[1:])
+    return torch.cat(
+        [ops.philox_normal(keys[n : n + 1], one, step=int(step), stream=STREAM_STEP) for n, step in enumerate(steps)]
+    )
+
+
+def _rk45(
+    network: Network,
+    y: Tensor,
+    start: float,
+    end: float,
+    keys: Tensor,
+    callback: Callback | None,
+    *,
+    rtol: float,
+    atol: float,
+) -> tuple[Tensor, int, int]:
+    """Over r, in which a noisy state moves in a straight line; over log r the same tolerance takes more steps."""
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise InputError(
+            "method: 'rk45' needs torchdiffeq; pip install 'fastdiff-engine[adaptive]', or use 'dpm_adaptive'"
+        ) from error
+
+    class Flow(torch.nn.Module):
+        """dy/dr, and what torchdiffeq tells of its steps."""
+
+        accepted = rejected = 0
+
+        def forward(self, r: Tensor, state: Tensor) -> Tensor:
+            return network.noise(state, [float(r)])
+
+        def callback_accept_step(self, r: Tensor, state: Tensor, length: Tensor) -> None:
+            self.accepted += 1
+            if callback is not None:
+                callback(AdaptiveStep(network.evaluations, (abs(float(r + length)),), (True,), state))
+
+        def callback_reject_step(self, *_: Tensor) -> None:
+            self.rejected += 1
+
+    flow = Flow()
+    ends = torch.tensor([start, end], dtype=torch.float64, device=y.device)
+    # The largest of the samples' own errors: more samples do not hide a bad one.
+    norm = {"norm": lambda error: error.flatten(1).square().mean(dim=1).sqrt().max()}
+    try:
+        path = odeint(flow, y, ends, rtol=rtol, atol=atol, method="dopri5", options=norm)
+    except AssertionError as error:  # how torchdiffeq says that its step has shrunk to nothing
+        raise _too_tight(rtol, atol, None) from error
+    return path[-1], flow.accepted, flow.rejected
+
+
+def _too_tight(rtol: float, atol: float, ratio: float | None) -> InputError:
+    where = "" if ratio is None else f" at sigma / alpha = {ratio:g}"
+    return InputError(
+        f"rtol, atol: no step meets {rtol:g} and {atol:g} in float32{where}; expected larger ones, such as the defaults"
+    )
+
+
+def _options(info: AdaptiveInfo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's options with their defaults; InputError for an unknown one or a value out of range."""
+    for name in given:
+        if name not in info.options:
+            near = difflib.get_close_matches(name, info.options, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(info.options)}"
+            raise InputError(f"{info.name}: no option {name!r}; {hint}")
+    chosen = {**info.options, **given}
+    for name, value in chosen.items():
+        if name == "order":
+            whole(info.name, name, value, 2, 3)
+        elif name == "per_sample":
+            if not isinstance(value, bool):
+                raise InputError(f"{info.name}: {name}: expected True or False, got {value!r}")
+        else:
+            fraction(info.name, name, value, high=1.0 if name in UNIT else 10.0)
+            if name in POSITIVE and not value > 0:
+                raise InputError(f"{info.name}: {name}: expected a positive number, got {value!r}")
+    return chosen
+
+
+def _problem(
+    schedule: Schedule, prediction: str, clip: float | None, sigma_min: float | None, sigma_max: float | None
+) -> Problem:
+    """The problem, its grid the two ends."""
+    samplers.check(schedule, prediction, clip)
+    most = math.inf if schedule.kind == "ve" else LARGEST_SIGMA
+    low = float(schedule.noise_ratios[0]) if sigma_min is None else sigma_min
+    high = min(float(schedule.noise_ratios[-1]), most) if sigma_max is None else sigma_max
+    for name, value in (("sigma_min", low), ("sigma_max", high)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < math.inf:
+            raise InputError(f"{name}: expected a positive number, got {value!r}")
+    if not low < high:
+        raise InputError(f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
+    ratios = np.array([high, low])
+    return Problem(schedule, Grid(schedule.timestep_of(ratios), *schedule.from_ratio(ratios)), prediction, clip)
+
+
+def _check(shape: Sequence[int], samples: int, dtype: torch.dtype, guidance: float | None, final_sigma: str) -> None:
+    sizes = tuple(shape)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise InputError(f"shape: expected the positive sizes of the batch (N, ...), got {sizes}")
+    if sizes[0] != samples:
+        raise InputError(f"seeds: expected {sizes[0]}, one per sample of shape {sizes}, got {samples}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if guidance is not None and (
+        isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance)
+    ):
+        raise InputError(f"guidance: expected a finite number or None, got {guidance!r}")
+    if final_sigma not in ("zero", "schedule"):
+        raise InputError(f"final_sigma: expected zero or schedule, got {final_sigma!r}")
