@@ -1,17 +1,39 @@
-"""The network as a function of the state y = x / alpha = x_0 + r epsilon and of r = sigma / alpha, for solvers."""
+"""What solvers with adaptive steps share: the network as a function of the state y = x / alpha = x_0 + r epsilon and of
+r = sigma / alpha, and what a callback is told."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.samplers.problem import Problem
+from fastdiff.schedules import Array
 
 
-def column(values: Sequence[float], like: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class AdaptiveStep:
+    """What a callback is told after each try of a step.
+
+    evaluations    calls of the network so far
+    ratios         sigma / alpha of the state, one number for each sample, or one for all
+    accepted       whether the try counts, likewise
+    x              the state y = x / alpha, float32: after the try, for rk45 before it. Read it, do not write to it
+    """
+
+    evaluations: int
+    ratios: tuple[float, ...]
+    accepted: tuple[bool, ...]
+    x: Tensor
+
+
+Callback = Callable[[AdaptiveStep], None]
+
+
+def column(values: Sequence[float] | Array, like: Tensor) -> Tensor:
     """One float32 number for each sample, or one for all, shaped to be multiplied with the state."""
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * (like.dim() - 1))
 
@@ -32,9 +54,9 @@ class Network:
         self.evaluations = 0
         self._denoiser, self._problem, self._dtype, self._guidance = denoiser, problem, dtype, guidance
 
-    def data(self, y: Tensor, ratios: Sequence[float]) -> Tensor:
+    def data(self, y: Tensor, ratios: Sequence[float] | Array) -> Tensor:
         """D(y, r), float32; ratios has one r for each sample, or one for all."""
-        points = [self._problem.at_ratio(ratio, scaled=True) for ratio in ratios]
+        points = [self._problem.at_ratio(ratio, scaled=True) for ratio in map(float, ratios)]
         scale = column([point.input_scale for point in points], y)
         times = column([point.timestep for point in points], y).flatten().expand(len(y))
         m = self._call((scale * y).to(self._dtype), times).float()
@@ -45,7 +67,7 @@ class Network:
         clip = self._problem.clip
         return data if clip is None else data.clamp(-clip, clip)
 
-    def noise(self, y: Tensor, ratios: Sequence[float]) -> Tensor:
+    def noise(self, y: Tensor, ratios: Sequence[float] | Array) -> Tensor:
         """epsilon(y, r) = (y - D) / r."""
         return (y - self.data(y, ratios)) / column(ratios, y)
 
@@ -60,3 +82,10 @@ class Network:
         if not bool(torch.isfinite(output).all()):
             raise InputError(f"denoiser: gave numbers that are not finite at t = {float(times[0]):g}")
         return output
+
+
+def too_tight(rtol: float, atol: float, max_steps: int) -> InputError:
+    return InputError(
+        f"rtol, atol: {rtol:g} and {atol:g} are not met within max_steps={max_steps} tries of a step in float32; pass "
+        "larger tolerances, such as the defaults, or more steps"
+    )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+MAX_STEPS = 1000
+
 
 @dataclass(frozen=True)
 class AdaptiveInfo:
@@ -43,13 +45,14 @@ ADAPTIVE: Mapping[str, AdaptiveInfo] = MappingProxyType(
                     "eta": 0.0,
                     "s_noise": 1.0,
                     "per_sample": True,
+                    "max_steps": MAX_STEPS,
                 },
             ),
             AdaptiveInfo(
                 name="rk45",
                 paper="Song et al. 2021, Score-Based Generative Modeling through SDEs; Dormand and Prince 1980",
                 order=5,
-                options={"rtol": 1e-5, "atol": 1e-5},
+                options={"rtol": 1e-5, "atol": 1e-5, "max_steps": MAX_STEPS},
                 needs="adaptive",
             ),
         )
