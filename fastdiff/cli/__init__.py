@@ -1,4 +1,4 @@
-"""The command line: `fastdiff sample | train | info | methods | bench`, one module for each."""
+"""The command line: `fastdiff sample | train | info | methods | plan | bench`, one module for each."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model on your own images",
     "info": "show versions, processor, GPUs, and which code each operator runs on here",
     "methods": "list the sampling methods and their options",
+    "plan": "print the coefficients of a method, row by row",
     "bench": "measure the operators and the sampling loop against PyTorch and diffusers",
 }
 EPILOG = """\

@@ -10,13 +10,12 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import fastdiff
-from fastdiff import config, samplers
-from fastdiff.cli import images, output
+from fastdiff import config
+from fastdiff.cli import images, options, output
 from fastdiff.errors import InputError
 from fastdiff.models.loading import Model
 
@@ -107,8 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     path = Path(arguments.out)
     _check_numbers(arguments)
-    options = _options(arguments.option, arguments.method)
-    _add_strength(options, arguments)
+    chosen = options.parse(arguments.option, arguments.method)
+    _add_strength(chosen, arguments)
     output.check_path(path)
     device = _device(arguments.device)
     if arguments.threads is not None:
@@ -133,7 +132,7 @@ def main(arguments: argparse.Namespace) -> int:
             mask=mask,
             batch_size=arguments.batch_size,
             progress=False if arguments.no_progress else None,
-            **options,
+            **chosen,
         ).cpu()
         seconds = time.perf_counter() - started
     columns = arguments.columns or output.columns_for(arguments.count)
@@ -246,18 +245,3 @@ def _class_of_name(label: str, class_names: Sequence[str]) -> int:
     near = difflib.get_close_matches(label.casefold(), names, n=1)
     hint = f"; did you mean {class_names[names.index(near[0])]!r}?" if near else f"; expected {', '.join(class_names)}"
     raise InputError(f"label: no class is called {label!r}{hint}")
-
-
-def _options(texts: Sequence[str], method: str) -> dict[str, Any]:
-    """From NAME=VALUE: each value a number, true, false, null or else a word."""
-    known = (*samplers.find(method).options, "clip", *samplers.GRID_OPTIONS)
-    options = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not separator or name not in known:
-            raise InputError(f"option: expected NAME=VALUE with a NAME among {', '.join(known)}, got {text!r}")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options

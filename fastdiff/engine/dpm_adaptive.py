@@ -127,7 +127,7 @@ def dpm_adaptive(
             down, up = _split(place, to, last, eta)
         if eps is None:
             eps = network.noise(y, np.exp(-place))
-        low, high = pair(order, network.noise, y, eps, place, np.where(active, down, place))
+        low, high = pair(order, network.noise, y, eps, place, down)
         accepted = control.accept(_error(low, high, previous, rtol, atol, groups), active)
         if accepted.any():
             if eta:
