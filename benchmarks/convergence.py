@@ -153,7 +153,8 @@ def plot(lines: Sequence[Mapping[str, str]], out: Path) -> None:
         axes.grid(which="major", color="0.93", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(title="method, slope at the end", loc="lower left", alignment="left", **small)
+        if inside:
+            axes.legend(title="method, slope at the end", loc="lower left", alignment="left", **small)
     for axes in grid[1]:
         axes.set_xlabel("calls of the network")
     for axes in grid[:, 0]:
