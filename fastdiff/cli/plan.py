@@ -120,10 +120,11 @@ def page(table: StepTable, schedule: Schedule) -> str:
 
 def _caption(table: StepTable, schedule: Schedule) -> list[str]:
     calls = f"{len(table)} call{'s' if len(table) > 1 else ''} of the network"
+    start = f"{table.init_scale:.6g} * noise" if table.init_level[1] else "the image"
     lines = [
         f"{table.method}: {table.steps} step{'s' if table.steps > 1 else ''}, {calls}; "
         f"{table.prediction} network on {schedule.name} ({schedule.steps} timesteps)",
-        f"starts as {table.init_scale:.6g} * noise; the network is given {table.first_input_scale:.6g} * x",
+        f"starts as {start}; the network is given {table.first_input_scale:.6g} * x",
     ]
     clip = table.rows[:, CLIP].min()
     if math.isfinite(clip):

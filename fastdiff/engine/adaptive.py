@@ -85,13 +85,14 @@ def run_adaptive(
                     max_steps   the most tries of a step
                     rtol, atol  bound the error of every sample. The steps are the batch's, so that a sample depends
                                 on the others of its batch, within the tolerance.
-    denoiser, seeds, device, dtype   those of `fastdiff.run`, shape too; t is float32
+    denoiser, shape, seeds, device, dtype   those of `fastdiff.run`; t is float32. The rounding of a network in half
+                  precision is an error too: it wants an rtol of 0.01 or more.
     schedule, prediction, clip       those of `fastdiff.samplers.build`
     sigma_min, sigma_max   ends in r. Default: those of the schedule, r = 80 at most unless it is of kind "ve"
     final_sigma   "zero": one more call of the network, and the samples are D at sigma_min; "schedule": they are y there
     guidance      m = uncond + guidance * (cond - uncond); the denoiser gets [uncond; cond]
     x             the state y to start from instead of drawn noise, float32 of that shape
-    callback      called with an `AdaptiveStep` after each try of a step; for rk45 after those that count
+    callback      called with an `AdaptiveStep` after each try of a step
 
     Errors: InputError for arguments that do not fit each other, a network output that is not finite or of another
     shape, tolerances that are not met within max_steps, and rk45 without torchdiffeq.
