@@ -126,7 +126,12 @@ def test_methods_tell_adaptive_ones_apart(capsys):
     for name in samplers.ADAPTIVE:
         assert f"\n{name} " not in fixed
         assert f"\n{name} " in own
-    assert "HISTORY" in fixed.splitlines()[0]
+    lines = fixed.splitlines()
+    assert lines[0].split()[:5] == ["METHOD", "ORDER", "CALLS", "NOISE", "HISTORY"]
+    rows = {line.split()[0]: line.split()[1:5] for line in lines[1:] if line and not line.startswith(" ")}
+    for name, info in samplers.methods().items():
+        noise = "yes" if info.stochastic else "no"
+        assert rows[name] == [str(info.order), str(info.evaluations_per_step), noise, str(info.history)]
     assert max(map(len, fixed.splitlines())) <= methods.WIDTH
     _, out, _ = run(capsys, "methods", "--json")
     assert {method["name"] for method in json.loads(out)["adaptive"]} == set(samplers.ADAPTIVE)
@@ -137,4 +142,6 @@ def test_the_committed_page_is_the_registry(capsys):
     written = README.read_text(encoding="utf-8")
     assert written == out, "make it anew: fastdiff methods --markdown > fastdiff/samplers/README.md"
     for info in samplers.methods().values():
-        assert f"| `{info.name}` | {info.order} | {info.evaluations_per_step} |" in written
+        noise = "yes" if info.stochastic else "no"
+        row = f"| `{info.name}` | {info.order} | {info.evaluations_per_step} | {noise} | {info.history} |"
+        assert row in written
