@@ -2,8 +2,8 @@
 
 from fastdiff import engine, models, ops, samplers, schedules, training
 from fastdiff.config import use_backend
-from fastdiff.engine.guidance import Guidance
 from fastdiff.engine.adaptive import AdaptiveResult, run_adaptive
+from fastdiff.engine.guidance import Guidance
 from fastdiff.engine.run import run
 from fastdiff.engine.sample import sample
 from fastdiff.errors import BackendError, CheckpointError, InputError

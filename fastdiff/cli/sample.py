@@ -147,13 +147,13 @@ def _guidance(arguments: argparse.Namespace) -> float | fastdiff.Guidance:
     return fastdiff.Guidance(scale=arguments.guidance, rescale=arguments.rescale)
 
 
-def _add_strength(options: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _add_strength(chosen: dict[str, object], arguments: argparse.Namespace) -> None:
     if arguments.strength is not None:
         if arguments.image is None:
             raise InputError("strength: expected --image with it, the picture that is changed")
-        options["strength"] = arguments.strength
+        chosen["strength"] = arguments.strength
     elif arguments.image is not None and arguments.mask is None:
-        options.setdefault("strength", STRENGTH)
+        chosen.setdefault("strength", STRENGTH)
 
 
 def _print_result(

@@ -69,7 +69,6 @@ _METHODS: Mapping[str, MethodInfo] = MappingProxyType(
             dpm_singlestep.DPMPP_SINGLESTEP,
             dpmpp_sde.DPMPP_2S_ANCESTRAL,
             dpmpp_sde.DPMPP_SDE,
-            flow.INFO,
             flow.EULER,
             flow.HEUN,
             consistency.LCM,
