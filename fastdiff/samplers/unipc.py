@@ -37,7 +37,7 @@ def unipc(
     lower_order_final   the order is at most the number of steps left, which makes the last one a first-order step and
                 the whole method, where noise is left at the end, one of order 2
 
-    A step to sigma' = 0 is of order 1. diffusers: its predict_x0=False ends in NaN at sigma' = 0; its solver_p, another
+    A step to sigma' = 0 is of order 1. diffusers: predict_x0=False and bh1 end in NaN at sigma' = 0; solver_p, another
     scheduler in the predictor's place, has no counterpart.
     """
     whole("unipc", "order", order, 1, 3)

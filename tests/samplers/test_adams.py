@@ -19,6 +19,7 @@ from fastdiff.samplers.problem import Problem
 
 VP, FLOW = schedules.linear(1000), schedules.flow(1000, shift=2.0)
 KINDS = {"vp": VP, "flow": FLOW, "ve": schedules.ve(1000), "sub_vp": schedules.sub_vp_sde(1000)}
+KINDS["zero_snr"] = schedules.zero_terminal_snr(VP)
 ORDERS = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 4), (4, 2), (4, 4)]
 Move = Callable[[int, np.ndarray, list[int], np.ndarray], np.ndarray]
 
@@ -236,7 +237,7 @@ def test_constant_predictions_lead_straight_to_the_data(case, kind):
 
 
 @pytest.mark.parametrize("case", [case for case in OPTIONS if case != "deis-1"])
-@pytest.mark.parametrize("kind", ["vp", "flow"])
+@pytest.mark.parametrize("kind", ["vp", "flow", "zero_snr"])
 def test_the_last_step_reaches_the_data(case, kind):
     """From the schedule's noisiest point, where the flow has no signal, within 0.02 of the exact quantiles."""
     method, options = OPTIONS[case]

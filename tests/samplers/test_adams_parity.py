@@ -83,6 +83,23 @@ CONFIGURATIONS = {
 }
 
 
+FLOWS = {
+    "unipc": [
+        ({}, {}),
+        ({"solver_order": 3, "flow_shift": 3.0}, {"order": 3}),
+        ({"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, {"variant": "bh1"}),
+    ],
+    "deis": [({}, {}), ({"solver_order": 3, "flow_shift": 3.0}, {"order": 3})],
+    "sa_solver": [
+        ({}, {"tau_timesteps": (200, 800)}),
+        (
+            {"predictor_order": 3, "corrector_order": 3, "tau_func": lambda _: 1.0},
+            {"predictor_order": 3, "corrector_order": 3},
+        ),
+    ],
+}
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("method", IN_FLOAT64)
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
@@ -106,8 +123,11 @@ def test_default_configuration_in_float64(method, schedule, prediction):
 
 @pytest.mark.parametrize(
     ("method", "config", "options"),
-    [(method, *configuration) for method, listed in CONFIGURATIONS.items() for configuration in listed],
-    ids=str,
+    [
+        pytest.param(method, *case, id=f"{method}-{case[1]}")
+        for method, listed in CONFIGURATIONS.items()
+        for case in listed
+    ],
 )
 def test_configuration_in_float64(method, config, options):
     for steps in (3, 7, 20):
@@ -132,22 +152,19 @@ def test_unipc_ends_at_the_data_where_theirs_is_nan(config, options):
     assert np.abs(ours).max() < 2.0
 
 
-@pytest.mark.parametrize("options", [{}, {"order": 3}, {"variant": "bh1"}], ids=str)
-def test_unipc_on_a_flow_schedule(options):
-    """Their flow sigmas start at 1 - 1e-6, where ours start without signal."""
-    names = {"order": "solver_order", "variant": "solver_type"}
-    config = {names[name]: value for name, value in options.items()}
+@pytest.mark.parametrize(
+    ("method", "config", "options"),
+    [pytest.param(method, *case, id=f"{method}-{case[1]}") for method, listed in FLOWS.items() for case in listed],
+)
+def test_flow_sigmas(method, config, options):
+    """UniPC's start at 1 - 1e-6, the others' at 0.999, and they repeat the last one."""
     for steps in (7, 20):
-        scheduler = scheduler_for("unipc", "linear", "flow", use_flow_sigmas=True, flow_shift=3.0, **config)
+        scheduler = scheduler_for(method, "linear", "flow", use_flow_sigmas=True, **config)
         scheduler.set_timesteps(steps)
         sigmas = scheduler.sigmas.double().numpy()
-        if options.get("variant") == "bh1":
-            sigmas[-1] = 1e-3
-            scheduler.sigmas = torch.from_numpy(sigmas)
         schedule = schedules.flow(1000)
         problem = Problem(schedule, Grid(1000.0 * sigmas, 1.0 - sigmas, sigmas), "flow", None)
-        table = samplers.find("unipc").rows(problem, **options)
-        assert_same(table, scheduler, schedule, sigmas)
+        assert_same(samplers.find(method).rows(problem, **options), scheduler, schedule, sigmas)
 
 
 @pytest.mark.parametrize("method", IN_FLOAT64)
