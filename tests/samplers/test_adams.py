@@ -18,8 +18,13 @@ from fastdiff.samplers.adams import Interval
 from fastdiff.samplers.problem import Problem
 
 VP, FLOW = schedules.linear(1000), schedules.flow(1000, shift=2.0)
-KINDS = {"vp": VP, "flow": FLOW, "ve": schedules.ve(1000), "sub_vp": schedules.sub_vp_sde(1000)}
-KINDS["zero_snr"] = schedules.zero_terminal_snr(VP)
+KINDS = {
+    "vp": VP,
+    "zero_snr": schedules.zero_terminal_snr(VP),
+    "flow": FLOW,
+    "ve": schedules.ve(1000),
+    "sub_vp": schedules.sub_vp_sde(1000),
+}
 ORDERS = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 4), (4, 2), (4, 4)]
 Move = Callable[[int, np.ndarray, list[int], np.ndarray], np.ndarray]
 
