@@ -20,6 +20,7 @@ ALL = [
     schedules.flow(1000, shift=3.0),
     schedules.ve(1000),
     schedules.edm(1000, sigma_data=0.7),
+    schedules.edm(1000, timestep_scale=1000.0),
     schedules.vp_sde(1000),
     schedules.sub_vp_sde(1000),
     schedules.crash(1000),
@@ -101,6 +102,7 @@ def closed_form(name: str, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 def test_continuous_schedule_is_its_formula(schedule):
     s = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
     alpha, sigma, t = closed_form(schedule.name, s)
+    t = t * schedule.config.get("timestep_scale", 1.0)
     ours = schedule.at(t.detach().numpy())
     np.testing.assert_allclose(ours[0], alpha.detach(), rtol=1e-12)
     np.testing.assert_allclose(ours[1], sigma.detach(), rtol=1e-12)
@@ -255,6 +257,7 @@ def test_arrays_are_read_only():
         ({"name": "custom", "alphas_cumprod": [0.5, 0.0, 0.0]}, "falling values"),
         ({"name": "ve", "sigma_min": 2.0, "sigma_max": 1.0}, "expected sigma_min < sigma_max"),
         ({"name": "edm", "sigma_data": 0.0}, "sigma_data: expected a positive number"),
+        ({"name": "edm", "timestep_scale": -1.0}, "timestep_scale: expected a positive number"),
         ({"name": "edm", "steps": 1}, "at least 2"),
         ({"name": "vp_sde", "beta_min": 3.0, "beta_max": 2.0}, "expected beta_min <= beta_max"),
         ({"name": "sub_vp_sde", "time_min": 1.0}, "time_min: expected a number between 0 and 1"),

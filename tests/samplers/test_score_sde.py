@@ -1,4 +1,4 @@
-"""The probability-flow ODE and the reverse SDE: loops from the paper, orders, distributions, and diffusers."""
+"""The probability-flow ODE and the reverse SDE: loops from the paper, orders, and diffusers."""
 
 from itertools import pairwise
 
@@ -8,9 +8,7 @@ import pytest
 import torch
 from convergence import STEPS, assert_order
 from diffusers_peer import ROUNDING, relative
-from interpret import apply_row, solve, trajectory
-from mixture import Mixture
-from stochastic import COUNT, KS_BOUND, VARIANCE_BOUND, figures
+from interpret import apply_row, trajectory
 
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
@@ -202,49 +200,6 @@ def test_ancestral_on_a_discrete_schedule_is_equation_4():
         assert m == pytest.approx(-beta[t] / np.sqrt(1 - bar[t]) / np.sqrt(1 - beta[t]), rel=1e-9)
     ddpm = samplers.build("ddpm", variance="fixed_large", **options)
     np.testing.assert_allclose(rows, ddpm.rows, rtol=1e-9, atol=1e-12)
-
-
-def drawn(case: str, factor: float = 1.0, steps: int = 250, samples: int = 8, **options) -> np.ndarray:
-    """COUNT values, as samples of many dimensions: a corrector's step follows from norms, which concentrate there."""
-    mixture, generator = Mixture(), np.random.default_rng(5)
-    schedule, prediction = CASES[case]
-    table = build("reverse_sde", steps, case, **options)
-    shape = (samples, COUNT // samples)
-    start = mixture.sample(generator, COUNT, table.grid.alphas[0], table.grid.sigmas[0]).reshape(shape)
-    network = mixture.denoiser(schedule, prediction)
-    return solve(network, table, start, lambda _: factor * generator.standard_normal(shape)).ravel()
-
-
-DISTRIBUTIONS = {
-    **{f"{case}-{name}": (case, {"predictor": name}) for case in ("vp", "ve", "sub_vp") for name in PREDICTORS},
-    **{
-        f"{case}-{name}-corrected": (case, {"predictor": name, "corrector_steps": 1, "snr": 0.1, "steps": 150})
-        for case, name in (("vp", "euler_maruyama"), ("ve", "reverse_diffusion"), ("sub_vp", "reverse_diffusion"))
-    },
-    "vp-ancestral-twice": ("vp", {"predictor": "ancestral", "corrector_steps": 2, "snr": 0.1, "steps": 120}),
-    "ve-none": ("ve", {"predictor": "none", "corrector_steps": 3, "snr": 0.17}),
-    "flow-ancestral": ("flow", {"predictor": "ancestral"}),
-}
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_distribution(name):
-    case, options = DISTRIBUTIONS[name]
-    distance, mean, variance = figures(drawn(case, **options))
-    assert distance < KS_BOUND
-    assert mean < 4.0
-    assert variance < VARIANCE_BOUND
-
-
-@pytest.mark.parametrize(
-    "name", ["vp-euler_maruyama", "ve-reverse_diffusion-corrected", "vp-ancestral-twice", "ve-none"]
-)
-def test_a_wrong_noise_coefficient_is_seen(name):
-    """A factor on z alone leaves |z| as it is: the correctors' step follows the norm of what they are given."""
-    case, options = DISTRIBUTIONS[name]
-    for factor in (0.75, 1.25):
-        distance, _, variance = figures(drawn(case, factor, **options))
-        assert distance > KS_BOUND or variance > VARIANCE_BOUND
 
 
 def test_correctors_carry_no_bound_and_end_at_their_own_level():
