@@ -47,7 +47,9 @@ def _ode_rows(problem: Problem, order: int) -> Iterator[Row]:
 
 def _timestep(point: Point) -> float:
     """The timestep of the point's level, which what the network is told may be a rounding of."""
-    return float(point.schedule.timestep_of(point.ratio))
+    t = float(point.schedule.timestep_of(point.ratio))
+    # The rates of a discrete schedule jump at its timesteps: a rounding must not choose the side.
+    return t if point.schedule.continuous else round(t, 9)
 
 
 def _time(point: Point) -> float:

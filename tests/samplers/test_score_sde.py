@@ -202,6 +202,17 @@ def test_ancestral_on_a_discrete_schedule_is_equation_4():
     np.testing.assert_allclose(rows, ddpm.rows, rtol=1e-9, atol=1e-12)
 
 
+def test_rates_of_a_discrete_schedule_are_those_of_the_cleaner_side():
+    """g^2 = 2 sigma^2 d ln(sigma / alpha) / ds between a timestep and the one before, s = (t + 1) / 1000."""
+    table = samplers.build(
+        "reverse_sde", schedule=LINEAR, steps=1000, prediction="v", spacing="linspace", predictor="euler_maruyama"
+    )
+    logs = np.log(LINEAR.noise_ratios)
+    for row, t in zip(table.rows[:-1], range(999, 0, -1), strict=True):
+        g2 = 2000 * LINEAR.sigmas[t] ** 2 * (logs[t] - logs[t - 1])
+        assert row[NEW_X][INPUTS.index("noise")] == pytest.approx(np.sqrt(g2 / 1000), rel=1e-8)
+
+
 def test_correctors_carry_no_bound_and_end_at_their_own_level():
     table = build("reverse_sde", 4, clip=1.0, corrector_steps=2)
     assert table.snr.tolist() == [0.16, 0.16, 0.0] * 4
