@@ -55,7 +55,7 @@ def tcd(problem: Problem, *, eta: float = 0.3) -> StepTable:
             epsilon is the one that leads from x to the clipped D.
 
     diffusers' TCDScheduler clips nothing and ends at timestep 0, which is final_sigma="schedule".
-    Source: Zheng et al. 2024, section 4.2 (strategic stochastic sampling).
+    Source: Zheng et al. 2024 (strategic stochastic sampling).
     """
     return make_table("tcd", problem, _tcd_rows(problem, fraction("tcd", "eta", eta)))
 
