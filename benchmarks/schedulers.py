@@ -22,7 +22,7 @@ from fastdiff import ops, samplers, schedules
 from fastdiff.ops import reference
 from fastdiff.ops.row import INPUTS, NEW_X, PREDICTION
 from fastdiff.samplers import StepTable
-from fastdiff.samplers.exponential import Interval, corrector_weights
+from fastdiff.samplers.adams import Interval, corrector_weights
 from fastdiff.samplers.problem import Problem
 
 STEPS, INDEX = 20, 10

@@ -16,7 +16,7 @@ STEPS = 6
 IMAGE = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1)) * 2.0 - 1.0
 MASK = torch.zeros(SHAPE[2:])
 MASK[:, 3:] = 1.0
-FROM_NOISE = [name for name, info in samplers.methods().items() if not getattr(info, "inverse", False)]
+FROM_NOISE = [name for name, info in samplers.methods().items() if not info.inverse]
 SCHEDULES = {"flow": schedules.flow(1000), "ve": schedules.edm(1000), "vp": schedules.linear(1000)}
 
 

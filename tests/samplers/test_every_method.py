@@ -30,7 +30,7 @@ OPTIONS = {"lcm": {"timestep_scaling": None}}
 # Methods that return to noisier levels on their way.
 RETURNING = {"restart", "repaint"}
 # Methods that go from the data to the noise.
-INVERSE = {"ddim_inverse"}
+INVERSE = {name for name, info in samplers.methods().items() if info.inverse}
 PAIRS = [
     (method, case)
     for method, info in samplers.methods().items()
