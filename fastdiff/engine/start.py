@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff import ops, samplers
+from fastdiff import ops
 from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL
 from fastdiff.samplers.table import StepTable
@@ -27,9 +27,11 @@ def keep(image: Tensor | None, mask: Tensor | None, table: StepTable, shape: tup
         if mask is not None:
             raise InputError("mask: expected None without an image to keep; pass image")
         return Kept(None, None)
-    reason = samplers.find(table.method).no_image
-    if reason is not None:
-        raise InputError(f"image: {table.method} cannot start from an image or keep parts of one: {reason}")
+    if mask is not None and table.inverse:
+        raise InputError(
+            f"mask: expected None with {table.method}, which goes from a whole image to its noise and makes no part "
+            "anew; leave it out"
+        )
     _check("image", image, keys)
     if image.shape != shape:
         raise InputError(f"image: expected the batch's shape {shape}, got {tuple(image.shape)}")
@@ -65,9 +67,13 @@ def begin(x: Tensor | None, kept: Kept, table: StepTable, shape: tuple[int, ...]
             raise InputError(f"x: expected float32 {shape} on {keys.device}, got {got}; convert it")
         return x
     if kept.image is None:
-        if noise == 0.0:
-            raise InputError(f"image: {table.method} goes from an image to noise; pass image")
+        if table.inverse:
+            raise InputError(
+                f"image: expected one with {table.method}, which goes from an image to its noise; pass image"
+            )
         return ops.philox_normal(keys, shape, stream=STREAM_INITIAL).mul_(table.init_scale)
+    if table.inverse:
+        return signal * kept.image
     alpha, sigma = (torch.full((len(keys),), value, device=keys.device) for value in (signal, noise))
     noised = ops.add_noise(kept.image, alpha, sigma, seeds=keys)
     if kept.mask is None or table.grid.skipped > 0:

@@ -42,7 +42,6 @@ class MethodInfo:
     options                the method's own options and their defaults; `grid.GRID_OPTIONS` fit every method
     grid                   the grid's options where the caller names no spacing
     kinds                  of schedules that the method is defined on; empty: every kind
-    no_image               why neither an image to start from nor one to keep parts of fits the method; None: both do
     inverse                whether it goes from an image to its noise: the grid rises
     diffusers              what to pass to `build` for the numbers of that diffusers class with its own defaults
     """
@@ -57,7 +56,6 @@ class MethodInfo:
     rows: Callable[..., "StepTable"] = field(repr=False)
     grid: Mapping[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = ()
-    no_image: str | None = None
     inverse: bool = False
     diffusers: Mapping[str, Any] = field(default_factory=dict)
 

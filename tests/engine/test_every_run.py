@@ -23,7 +23,8 @@ SCHEDULES = {"flow": schedules.flow(1000), "ve": schedules.edm(1000), "vp": sche
 def table(method: str, **options) -> samplers.StepTable:
     kinds = samplers.methods()[method].kinds or ("vp",)
     schedule = SCHEDULES["vp" if "vp" in kinds else kinds[0]]
-    return samplers.build(method, schedule=schedule, steps=STEPS, prediction="sample", **options)
+    prediction = "epsilon" if samplers.methods()[method].inverse else "sample"
+    return samplers.build(method, schedule=schedule, steps=STEPS, prediction=prediction, **options)
 
 
 def denoiser(x, t):
@@ -35,7 +36,8 @@ def denoiser(x, t):
 
 @pytest.mark.parametrize("method", FROM_NOISE)
 def test_the_loop_is_the_table(method):
-    """float32 with compiled kernels against float64 NumPy, the same noise: relative error 1e-5."""
+    """float32 with compiled kernels against float64 NumPy, the same noise: relative error 1e-5, or twice what plain
+    PyTorch makes in float32 where the method itself (the noise form of an SDE in few steps) multiplies it."""
     steps, keys = table(method, clip=0.7), seed_tensor(SEEDS)
     if steps.snr.any():
         pytest.skip("its Langevin steps have tests of their own")
@@ -46,24 +48,22 @@ def test_the_loop_is_the_table(method):
     start = steps.init_scale * ops.philox_normal(keys, SHAPE, stream=STREAM_INITIAL).double().numpy()
     expected = solve(denoiser, steps, start, noise)
     found = fastdiff.run(denoiser, steps, shape=SHAPE, seeds=SEEDS).double().numpy()
-    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+    with fastdiff.use_backend("reference"):
+        plain = fastdiff.run(denoiser, steps, shape=SHAPE, seeds=SEEDS).double().numpy()
+    bound = max(1e-5 * np.linalg.norm(expected), 2.0 * np.linalg.norm(plain - expected))
+    assert np.linalg.norm(found - expected) < bound
 
 
 @pytest.mark.parametrize("method", FROM_NOISE)
 def test_a_part_of_an_image_is_kept(method):
     arguments = {"seeds": SEEDS, "image": IMAGE, "mask": MASK}
-    reason = samplers.methods()[method].no_image
-    if reason is not None:
-        with pytest.raises(InputError, match="cannot start from an image or keep parts of one"):
-            fastdiff.run(denoiser, table(method), **arguments)
-        return
     found = fastdiff.run(denoiser, table(method), **arguments)
     assert torch.equal(found[..., :3], IMAGE[..., :3])
     assert torch.isfinite(found).all()
     assert not torch.isclose(found[..., 3:], IMAGE[..., 3:]).any()
 
 
-@pytest.mark.parametrize("method", [name for name in FROM_NOISE if samplers.methods()[name].no_image is None])
+@pytest.mark.parametrize("method", FROM_NOISE)
 def test_the_last_half_of_the_steps_starts_from_a_noised_image(method):
     half, states = table(method, strength=0.5), []
     # LCM and TCD take all their steps within the part that is left.
@@ -79,3 +79,20 @@ def test_the_last_half_of_the_steps_starts_from_a_noised_image(method):
     drawn = ops.philox_normal(seed_tensor(SEEDS), SHAPE, stream=STREAM_INITIAL)
     expected = half.first_input_scale * (signal * IMAGE + noise * drawn)
     torch.testing.assert_close(states[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [name for name, info in samplers.methods().items() if info.inverse])
+def test_an_inverse_method_starts_from_the_image_itself(method):
+    steps, states = table(method), []
+
+    def remember(x, t):
+        states.append(x)
+        return denoiser(x, t)
+
+    found = fastdiff.run(remember, steps, seeds=SEEDS, image=IMAGE)
+    torch.testing.assert_close(states[0], steps.first_input_scale * steps.init_level[0] * IMAGE)
+    assert torch.equal(found, fastdiff.run(denoiser, steps, seeds=[8, 9], image=IMAGE))
+    with pytest.raises(InputError, match=r"image: expected one with .*, which goes from an image to its noise"):
+        fastdiff.run(denoiser, steps, shape=SHAPE, seeds=SEEDS)
+    with pytest.raises(InputError, match=r"mask: expected None with .*, which goes from a whole image"):
+        fastdiff.run(denoiser, steps, seeds=SEEDS, image=IMAGE, mask=MASK)
