@@ -12,8 +12,8 @@ from typing import Any
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import Coefficients, fraction
 
-CHURN_OPTIONS: Mapping[str, float] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
-"""The options of every method with churn."""
+CHURN_OPTIONS: Mapping[str, float | None] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": None, "s_noise": 1.0}
+"""The options of every method with churn; s_tmax = None is no bound."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +84,6 @@ def churn_from(method: str, s_churn: Any, s_tmin: Any, s_tmax: Any, s_noise: Any
     return Churn(
         fraction(method, "s_churn", s_churn, high=math.inf),
         fraction(method, "s_tmin", s_tmin, high=math.inf),
-        fraction(method, "s_tmax", s_tmax, high=math.inf),
+        math.inf if s_tmax is None else fraction(method, "s_tmax", s_tmax, high=math.inf),
         fraction(method, "s_noise", s_noise, high=10.0),
     )

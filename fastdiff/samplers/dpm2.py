@@ -19,7 +19,7 @@ def dpm2(
     *,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
+    s_tmax: float | None = None,
     s_noise: float = 1.0,
     initial: str = "unit",
 ) -> StepTable:

@@ -22,7 +22,7 @@ def euler(
     *,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
+    s_tmax: float | None = None,
     s_noise: float = 1.0,
     churn_call: str = "raised",
     initial: str = "unit",

@@ -3,7 +3,6 @@
 Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithms 1 and 2.
 """
 
-import math
 from collections.abc import Iterator
 
 from fastdiff.samplers.churn import CHURN_OPTIONS, Churn, ChurnedStep, churn_from
@@ -17,7 +16,7 @@ def heun(
     *,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
+    s_tmax: float | None = None,
     s_noise: float = 1.0,
     initial: str = "unit",
 ) -> StepTable:

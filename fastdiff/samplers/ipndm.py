@@ -108,6 +108,7 @@ IPNDM = MethodInfo(
     options={"order": 4, "lower_order_final": True, "first_data": True},
     diffusers={"spacing": "trailing", "lower_order_final": False, "first_data": False},
     rows=ipndm,
+    grid={"spacing": "karras"},
 )
 IPNDM_V = MethodInfo(
     name="ipndm_v",

@@ -145,6 +145,8 @@ def _middles(solver: _Solver, start: Point, end: Point) -> tuple[Point, Point]:
     return replace(problem.at_timestep(start.timestep - half), timestep=second.timestep), second
 
 
+# Slopes of points between which r falls by orders of magnitude do not average: the noisy end of the cosine schedule.
+GRID = {"spacing": "karras"}
 PAPER = "Liu et al. 2022, Pseudo Numerical Methods for Diffusion Models on Manifolds"
 OPTIONS = {"previous_timestep": "grid", "combined": "noise"}
 DIFFUSERS = {
@@ -165,6 +167,7 @@ PNDM = MethodInfo(
     options=OPTIONS,
     diffusers=DIFFUSERS,
     rows=pndm,
+    grid=GRID,
 )
 PLMS = MethodInfo(
     name="plms",
@@ -176,4 +179,5 @@ PLMS = MethodInfo(
     options=OPTIONS,
     diffusers=DIFFUSERS,
     rows=plms,
+    grid=GRID,
 )

@@ -89,16 +89,14 @@ def _stop(points: Sequence[Point], interval: Interval) -> int | None:
 
 
 def _checked(intervals: Any) -> list[Interval]:
-    checked = []
-    for given in intervals:
-        fields = tuple(given)
-        if len(fields) != 4 or not _fits(*fields):
+    given = list(intervals) if isinstance(intervals, Sequence) and not isinstance(intervals, str) else [intervals]
+    for one in given:
+        if not isinstance(one, Sequence) or len(one) != 4 or not _fits(*one):
             raise InputError(
                 "restart: intervals: expected (t_min, t_max, passes, steps) with 0 < t_min < t_max and at least one "
-                f"pass and one step, got {given!r}"
+                f"pass and one step, got {one!r}"
             )
-        checked.append(Interval(*fields))
-    return checked
+    return [Interval(*one) for one in given]
 
 
 def _fits(t_min: Any, t_max: Any, passes: Any, steps: Any) -> bool:

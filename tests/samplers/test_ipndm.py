@@ -125,7 +125,7 @@ def test_ipndm_is_of_order_2(order, spacing):
 
 
 def test_ipndm_of_order_1_is_ddim():
-    options = {"schedule": VP, "steps": 10, "prediction": "v"}
+    options = {"schedule": VP, "steps": 10, "prediction": "v", "spacing": "karras"}
     ddim, ipndm = samplers.build("ddim", **options), samplers.build("ipndm", order=1, **options)
     np.testing.assert_allclose(ipndm.rows, ddim.rows, rtol=1e-12, atol=1e-15)
 

@@ -120,7 +120,17 @@ def test_a_wrong_noise_coefficient_is_seen():
 
 
 @pytest.mark.parametrize(
-    "intervals", [[(0.1, 2.0, 1)], [(2.0, 0.1, 1, 9)], [(0.1, 2.0, 0, 9)], [(0.1, 2.0, 1, 2.5)], [(0.0, 2.0, 1, 9)]]
+    "intervals",
+    [
+        5,
+        "0.1",
+        [0.1, 2.0, 1, 9],
+        [(0.1, 2.0, 1)],
+        [(2.0, 0.1, 1, 9)],
+        [(0.1, 2.0, 0, 9)],
+        [(0.1, 2.0, 1, 2.5)],
+        [(0.0, 2.0, 1, 9)],
+    ],
 )
 def test_bad_intervals_are_refused(intervals):
     with pytest.raises(InputError, match="restart: intervals: expected"):
