@@ -16,6 +16,8 @@ from stochastic import assert_distribution, assert_power
 from fastdiff import ops, samplers, schedules
 from fastdiff.errors import InputError
 from fastdiff.ops.row import INPUT_SCALE, KNOWN
+from fastdiff.samplers.churn import churn_from
+from fastdiff.samplers.problem import Problem
 
 VP, MIXTURE = schedules.linear(1000), Mixture()
 ROWS = {"euler": 1, "heun": 2, "dpm2": 2}
@@ -83,16 +85,52 @@ def test_the_start_is_raised_too(schedule, initial):
     assert table.init_scale == pytest.approx(math.sqrt(base**2 + 1.1**2 * (hat**2 - r**2)), rel=1e-12)
 
 
-def test_every_row_ends_at_the_level_it_says():
-    """Where all is noise, s_noise = 1 keeps the state's standard deviation at the level of each row."""
-    table = samplers.build("heun", schedule=VP, steps=8, prediction="sample", spacing="karras", s_churn=3.0)
-    x = math.sqrt(2) * np.random.default_rng(1).standard_normal(400_000)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("heun", {"s_churn": 3.0}),
+        ("dpm2", {"s_churn": 3.0}),
+        ("euler", {"s_churn": 3.0}),
+        ("dpm2_ancestral", {}),
+        ("restart", {"intervals": ((0.3, 9.0, 2, 4),)}),
+    ],
+    ids=str,
+)
+def test_every_row_ends_at_the_level_it_says(method, options):
+    """For data that is 0 the state is noise, whose standard deviation is the level that inpainting re-noises to."""
+    table = samplers.build(method, schedule=VP, steps=8, prediction="sample", spacing="karras", **options)
+    x = np.random.default_rng(1).standard_normal(200_000)
     x *= table.init_level[1] / x.std()
     draw = np.random.default_rng(2)
-    for row, state in zip(
-        table.rows, trajectory(lambda y, t: 0.0 * y, table, x, lambda _: draw.standard_normal(len(x))), strict=True
-    ):
+    states = trajectory(lambda y, t: 0.0 * y, table, x, lambda _: draw.standard_normal(len(x)))
+    for row, state in zip(table.rows, states, strict=True):
         assert state.std() == pytest.approx(row[KNOWN][1], rel=0.01)
+
+
+def test_in_x_the_same_noise_is_added():
+    """`Churn.steps` for methods whose state is x = alpha y: the signal's share is kept, the noise scaled."""
+    churn = churn_from("heun", 3.0, 0.0, None, 1.1)
+    points = samplers.grid.build(VP, 6, samplers.grid.GridOptions(spacing="karras"))
+    problem = Problem(VP, points, "v", None)
+    for in_y, in_x in zip(churn.steps(problem), churn.steps(problem, scaled=False), strict=True):
+        y, x = in_y.raised({"x": 1.0}), in_x.raised({"x": 1.0})
+        assert x["x"] == pytest.approx(in_x.to.alpha / in_x.end.alpha, rel=1e-12)
+        assert x["noise"] == pytest.approx(in_x.to.alpha * y["noise"], rel=1e-12)
+        assert in_x.to.ratio == pytest.approx(in_y.to.ratio, rel=1e-12)
+    start = problem.points()[0]
+    first = churn.raise_level(problem, start, scaled=False)
+    in_y = math.sqrt((1.0 / start.alpha) ** 2 + 1.1**2 * (first.ratio**2 - start.ratio**2))
+    assert churn.init_scale(problem, 1.0, scaled=False) == pytest.approx(first.alpha * in_y, rel=1e-12)
+
+
+def test_a_start_without_signal_is_not_raised():
+    """In x, where sigma / alpha is infinite already."""
+    schedule = schedules.flow(1000)
+    problem = Problem(schedule, samplers.grid.build(schedule, 6, samplers.grid.GridOptions()), "flow", None)
+    churn = churn_from("heun", 3.0, 0.0, None, 1.0)
+    first = problem.points()[0]
+    assert churn.raise_level(problem, first, scaled=False) is first
+    assert churn.init_scale(problem, 1.0, scaled=False) == 1.0
 
 
 def test_without_churn_nothing_changes():

@@ -1,12 +1,15 @@
 """DDPM with learned variances: Nichol and Dhariwal 2021, equation 15, and diffusers."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from diffusers_peer import network, relative, schedule_of, scheduler_for, table_for
-from interpret import trajectory
+from interpret import solve, trajectory
+from mixture import Mixture
+from stochastic import COUNT, KS_BOUND, VARIANCE_BOUND, figures
 
 from fastdiff import samplers, schedules
 from fastdiff.ops.row import INPUTS, NEW_X, VARIANCE
@@ -67,6 +70,27 @@ def test_the_ends_of_the_range_are_the_fixed_variances(w):
     )
     for ours, same in pairs:
         np.testing.assert_allclose(ours, same, rtol=1e-9)
+
+
+@pytest.mark.parametrize("w", [-0.5, 0.8])
+def test_distribution(w):
+    """Any variance of the range leaves the data's distribution in many steps; one well outside of it does not."""
+    mixture, steps = Mixture(), 250
+    table = samplers.build("ddpm", schedule=VP, steps=steps, prediction="v", spacing="karras", variance="learned_range")
+    exact = mixture.denoiser(VP, "v")
+    errors = []
+    for value in (w, 14.0):
+        generator = np.random.default_rng(5)
+        start = mixture.sample(generator, COUNT, *table.init_level)
+        draw = partial(generator.standard_normal, COUNT)
+        end = solve(lambda x, t, v=value: (exact(x, t), v), table, start, lambda _, draw=draw: draw())
+        errors.append(figures(end))
+    (distance, mean, variance), (far, _, large) = errors
+    assert distance < KS_BOUND
+    assert mean < 4.0
+    assert variance < VARIANCE_BOUND
+    assert far > KS_BOUND
+    assert large > VARIANCE_BOUND
 
 
 @pytest.mark.parametrize("variance", ["learned_range", "learned"])
