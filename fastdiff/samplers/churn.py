@@ -38,7 +38,7 @@ class ChurnedStep:
 
 @dataclass(frozen=True)
 class Churn:
-    """r^ = (1 + gamma) r and y^ = y + s_noise sqrt(r^ ^2 - r^2) z before a step from y = x / alpha, r = sigma / alpha.
+    """R = (1 + gamma) r and Y = y + s_noise sqrt(R^2 - r^2) z before a step from y = x / alpha, r = sigma / alpha.
 
     gamma = min(s_churn / steps, sqrt(2) - 1) where s_tmin <= r <= s_tmax, else 0. s_churn = 0 is no churn. The steps
     are those of the whole grid, before `strength` takes the last of them.

@@ -44,9 +44,9 @@ def restart(
     Karras et al. 2022; `build`'s steps are those of the grid alone. Each pass draws its own z.
     intervals   (t_min, t_max, K, steps) each. t_min becomes the nearest point of the grid at which a step ends, but not
                 sigma = 0; an interval is left out where there is none below t_max. The default is that of
-                AUTOMATIC1111's web interface from 20 steps on, which takes the 9 steps out of the number that is asked
-                for, and from 36 on makes two passes, each of a quarter of that number. In the paper's lists and that
-                interface's the last number is one more, for it counts points.
+                AUTOMATIC1111's web interface from 20 steps on. That interface takes the 9 steps out of the number that
+                is asked for, and from 36 on makes two passes, each of a quarter of that number. Its lists and the
+                paper's count the points of a pass, one more than its steps.
     s_noise     factor of z; the paper's experiments have 1.003
     initial     that of `euler`
     """
