@@ -144,14 +144,16 @@ def run(
     return scales
 
 
-def _case(kernel: Any, name: str, inner: int = 1, groups: int = 2, **given: str) -> AotCase:
+def _case(kernel: Any, name: str, inner: int = 1, groups: int = 2, ones: tuple[str, ...] = (), **given: str) -> AotCase:
+    """`ones`: integers that are 1, besides inner."""
     types = {"x": "*fp32", "table": "*fp32", "magnitudes": "*fp32", "scales": "*fp32"}
     types |= {pointer: f"*{dtype}" for pointer, dtype in given.items()}
     types |= dict.fromkeys(("samples", "count", "output_count", "row", "rows", "rank"), "i32")
     types |= {"fraction": "fp32", "maximum": "fp32"} | ({} if inner == 1 else {"inner": "i32"})
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+    signature |= {argument: "constexpr" for argument in ones if argument in signature}
     writes = kernel is magnitudes_kernel
-    constants = {"inner": 1, "GROUPS": groups, "BLOCK": BLOCK if writes else SELECT_BLOCK}
+    constants = dict.fromkeys(ones, 1) | {"inner": 1, "GROUPS": groups, "BLOCK": BLOCK if writes else SELECT_BLOCK}
     return AotCase(
         name=f"{kernel.__name__} {name}",
         kernel=kernel,
@@ -173,6 +175,8 @@ AOT = [
     *(_case(magnitudes_kernel, f"unguided {dtype}", groups=1, model_output=dtype) for dtype in ("fp32", "bf16")),
     _case(magnitudes_kernel, "weights", groups=3, model_output="bf16", weights="fp32"),
     _case(magnitudes_kernel, "channels-last", 4, model_output="bf16"),
+    _case(magnitudes_kernel, "one sample, one row", ones=("samples", "rows"), model_output="bf16"),
     _case(dynamic_threshold_kernel, "select"),
+    _case(dynamic_threshold_kernel, "select, one row", ones=("rows",)),
     _case(dynamic_threshold_kernel, "select, counter", counter="i64"),
 ]

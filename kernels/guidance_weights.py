@@ -23,7 +23,7 @@ BLOCK = 1024
 @triton.jit
 def group_values(model_output, group, sample, element, samples, count, output_count, channels, inner):
     """The group's elements that count as float32, in the order in which they lie."""
-    begin = (group * samples.to(tl.int64) + sample) * output_count
+    begin = (group * samples + sample) * output_count  # sample is int64
     if inner == 1:
         at = begin + element
     else:
@@ -181,7 +181,7 @@ def guidance_weights_kernel(
     w = tl.load(weights + sample * GROUPS + group, mask=group < GROUPS, other=0.0)
     w = tl.where(group == 1, own, w)
     if partial is not None:
-        begin = tl.arange(0, PARTIALS) * (tiles * BLOCK)
+        begin = tl.arange(0, PARTIALS).to(tl.int64) * (tiles * BLOCK)
         sizes = tl.maximum(tl.minimum(count - begin, tiles * BLOCK), 0).to(tl.float64)
         plane = tl.num_programs(0).to(tl.int64) * chunks
         at = partial + sample * chunks
@@ -222,14 +222,23 @@ def run(model_output: Tensor, weights: Tensor, rescale: float, perpendicular: bo
     return out
 
 
-def _case(kernel: Any, name: str, dtype: str, groups: int, *given: str, inner: int = 1) -> AotCase:
-    """`given`: those of products and partial that are there."""
+def _case(
+    kernel: Any, name: str, dtype: str, groups: int, *given: str, inner: int = 1, ones: tuple[str, ...] = ()
+) -> AotCase:
+    """`given`: those of products and partial that are there; `ones`: integers that are 1, besides inner."""
     types = {"model_output": f"*{dtype}", "weights": "*fp32", "out": "*fp32", "rescale": "fp32"}
     types |= dict.fromkeys(given, "*fp32")
     types |= dict.fromkeys(("samples", "count", "output_count", "channels", "chunks", "tiles"), "i32")
     types |= {} if inner == 1 else {"inner": "i32"}
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    constants = {"inner": 1, "GROUPS": groups, "KEPT": triton.next_power_of_2(groups), "PARTIALS": 64, "BLOCK": BLOCK}
+    signature |= {argument: "constexpr" for argument in ones if argument in signature}
+    constants = dict.fromkeys(ones, 1) | {
+        "inner": 1,
+        "GROUPS": groups,
+        "KEPT": triton.next_power_of_2(groups),
+        "PARTIALS": 64,
+        "BLOCK": BLOCK,
+    }
     reads = kernel is not guidance_weights_kernel
     return AotCase(
         name=f"{kernel.__name__} {name}",
@@ -256,4 +265,8 @@ AOT = [
     _case(guidance_weights_kernel, "rescaled", "fp32", 2, "partial"),
     _case(guidance_weights_kernel, "perpendicular", "fp32", 3, "products"),
     _case(guidance_weights_kernel, "both", "fp32", 3, "products", "partial"),
+    *(
+        _case(kernel, "one small sample", "fp32", 3, "products", "partial", ones=("samples", "chunks", "tiles"))
+        for kernel in (products_kernel, deviations_kernel, guidance_weights_kernel)
+    ),
 ]

@@ -123,7 +123,8 @@ def run(
     return scales
 
 
-def _case(name: str, dtype: str, inner: int = 1, groups: int = 2, **given: str) -> AotCase:
+def _case(name: str, dtype: str, inner: int = 1, groups: int = 2, ones: tuple[str, ...] = (), **given: str) -> AotCase:
+    """`ones`: integers that are 1, besides inner."""
     pointers = {"x": "fp32", "model_output": dtype, "table": "fp32", "partial": "fp32", **given}
     signature = {
         argument: f"*{pointers[argument]}" if argument in pointers else "constexpr"
@@ -133,8 +134,8 @@ def _case(name: str, dtype: str, inner: int = 1, groups: int = 2, **given: str) 
     signature |= dict.fromkeys(integers, "i32")
     constexprs = {name: None for name in ("counter", "weights", "noise", "seeds") if name not in pointers}
     constexprs |= {"GROUPS": groups, "BLOCK": BLOCK}
-    if inner == 1:
-        signature["inner"], constexprs["inner"] = "constexpr", 1
+    for argument in (*ones, *(("inner",) if inner == 1 else ())):
+        signature[argument], constexprs[argument] = "constexpr", 1
     return AotCase(
         name=name,
         kernel=squares_kernel,
@@ -151,6 +152,7 @@ AOT = [
     *(_case(f"given {dtype}", dtype, noise=dtype) for dtype in ("fp32", "fp16", "bf16")),
     _case("given, unguided", "bf16", groups=1, noise="fp32"),
     _case("drawn, weights", "bf16", groups=3, seeds="i64", weights="fp32"),
+    _case("drawn, one small sample, one row", "bf16", ones=("samples", "rows", "chunks", "tiles"), seeds="i64"),
     _case("drawn, channels-last", "bf16", 4, seeds="i64"),
     AotCase(
         name="step size",

@@ -71,20 +71,20 @@ def predict(
     am = coefficient(at_row, valid, PREDICTION + 1)
     state = load_used(x, sample * count + element, ax != 0.0, element, count)
     if inner == 1:
-        at = sample * output_count + element
+        at = element
     else:
         spatial = output_count // inner
-        at = sample * output_count + element % spatial * inner + element // spatial
-    between = samples.to(tl.int64) * output_count
-    first = load_used(model_output, at, am != 0.0, element, count)
+        at = element % spatial * inner + element // spatial
+    first = load_used(model_output, sample * output_count + at, am != 0.0, element, count)
     m = first
     if weights is not None:
         m = term(tl.load(weights + sample * GROUPS), first)
         for k in tl.static_range(1, GROUPS):
             w = tl.load(weights + sample * GROUPS + k)
-            group = load_used(model_output, at + k * between, (am != 0.0) & (w != 0.0), element, count)
+            used = (am != 0.0) & (w != 0.0)
+            group = load_used(model_output, (k * samples + sample) * output_count + at, used, element, count)
             m += term(w, group - first)
     elif GROUPS == 2:
-        group = load_used(model_output, at + between, am != 0.0, element, count)
+        group = load_used(model_output, (samples + sample) * output_count + at, am != 0.0, element, count)
         m += coefficient(at_row, valid, GUIDANCE) * (group - first)
     return tl.where(element < count, term(ax, state) + term(am, m), 0.0)

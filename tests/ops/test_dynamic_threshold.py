@@ -213,6 +213,16 @@ def test_threads_do_not_change_the_bits(many_threads: None, samples: int) -> Non
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("place", [0, 20_000, 49_999])
+def test_the_next_value_is_another_threads(many_threads: None, place: int) -> None:
+    """Between the two largest values, of which one thread has one and perhaps another the other."""
+    torch.set_num_threads(3)
+    values = torch.ones(1, 50_000)
+    values[0, place], values[0, 30_000] = 100.0, 10.0
+    exact = torch.tensor([55.0], dtype=torch.float64)
+    assert_close_to_truth(quantile(NATIVE, values, 49_998.5 / 49_999), exact, exact.float())
+
+
 def test_strided_inputs() -> None:
     given = arguments((2, 3, 4, 6), groups=2)
     expected = threshold(NATIVE, given)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from backends import NATIVE, TARGETS, Target
 from inputs import DTYPES, LAYOUTS, normal
-from tolerance import assert_close_to_truth
+from tolerance import assert_close_to_truth, relative_error
 from torch import Tensor
 
 import fastdiff
@@ -71,13 +71,21 @@ def test_truth_of_shapes(target: Target, shape: tuple[int, ...], mean: float) ->
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_truth_of_channels(target: Target, layout: str, channels: int) -> None:
-    outputs, weights = arguments((2, 6, 17, 19), layout=layout)
+    outputs, weights = arguments((2, 6, 33, 31), layout=layout)  # more than a block of any number of channels but one
     found = check(target, outputs, weights, channels=channels, **KINDS["both"])
     first = outputs[:, :channels].contiguous()
     assert_close_to_truth(found, weigh(REFERENCE, first.double(), weights.double(), **KINDS["both"]), found)
     poisoned = outputs.clone()
     poisoned[:, channels:] = torch.nan
     assert torch.equal(weigh(target, poisoned, weights, channels=channels, **KINDS["both"]), found)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_mean_ten_thousand_times_the_deviation(target: Target) -> None:
+    """m itself in float32 would have lost four digits of its deviation."""
+    outputs, weights = arguments((3, 5), mean=1e4)
+    truth = weigh(REFERENCE, outputs.double(), weights.double(), rescale=0.7)
+    assert relative_error(weigh(target, outputs, weights, rescale=0.7), truth) < 1e-5
 
 
 def combined(weights: Tensor, outputs: Tensor) -> Tensor:
