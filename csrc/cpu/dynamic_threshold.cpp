@@ -1,5 +1,6 @@
 // A quantile of |D| by radix selection over its bits, which order like the numbers: a histogram of the upper bits while
-// |D| is formed, then only the bucket that holds the quantile is looked at again. Floor: x and m read once.
+// |D| is formed, then only the bucket that holds the quantile is looked at again. Floor: x and the model output read
+// once, 1.5 MB at 2x4x128x128 float32 with guidance, 14 us on two cores of a 2.6 GHz EPYC; counting costs more.
 #include <cmath>
 
 #include "moments.h"
