@@ -1,14 +1,16 @@
 """Images from a loaded model: its schedule, prediction and labels put into `run`."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastdiff import samplers
+from fastdiff.engine.adaptive import run_adaptive
 from fastdiff.engine.guidance import Guidance
-from fastdiff.engine.run import StepInfo, run
+from fastdiff.engine.run import Denoiser, StepInfo, run
 from fastdiff.errors import InputError
 from fastdiff.noise import integers, seed_tensor
 from fastdiff.schedules import Schedule
@@ -57,7 +59,8 @@ def sample(
     labels          one class per seed; None samples without a class. With a `Guidance` of several scales one such list
                     for each.
     method, steps   of `fastdiff.samplers.build`, which takes `options` too; `clip` is the model's own unless given, and
-                    steps are 20 unless the options name the points
+                    steps are 20 unless the options name the points. Or a method of `fastdiff.run_adaptive` with its
+                    options, which chooses its own steps.
     guidance        uncond + guidance * (cond - uncond); 1.0 is the plain model and one evaluation a step. A `Guidance`
                     says more.
     image           what to start from, in [-1, 1]: (N, C, H, W), or one for all. With `strength=0.6` the last 60 % of
@@ -74,37 +77,62 @@ def sample(
     `run` refuse.
     """
     options = {"clip": model.clip, **options}
-    if steps is None and options.get("timesteps") is None and options.get("sigmas") is None:
-        steps = STEPS
-    table = samplers.build(method, schedule=model.schedule, steps=steps, prediction=model.prediction, **options)
     keys = seed_tensor(seeds).tolist()
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size: expected a positive whole number, got {batch_size!r}")
     where, precision = _placement(model.network, device, dtype)
     guide = _guidance(guidance)
     conditions = _conditions(model, labels, len(keys), guide)
-    start = _repeated("image", image, len(keys), where)
-    kept = _repeated("mask", mask, len(keys), where)
-    shape = model.sample_shape if start is None else tuple(start.shape[1:])
+    given = {
+        "image": _repeated("image", image, len(keys), where),
+        "mask": _repeated("mask", mask, len(keys), where),
+    }
+    shape = model.sample_shape if given["image"] is None else tuple(given["image"].shape[1:])
+    if method in samplers.ADAPTIVE:
+        _check_adaptive(method, steps, guide, given, callback)
+        draw = _adaptive(model, method, guide, options)
+    else:
+        table = _table(model, method, steps, options)
+        draw = partial(run, table=table, guidance=guide, callback=callback, progress=progress)
     parts = []
     for begin in range(0, len(keys), batch_size):
         part = slice(begin, begin + batch_size)
-        parts.append(
-            run(
-                _denoiser(model, conditions, part, where),
-                table,
-                shape=(len(keys[part]), *shape),
-                seeds=keys[part],
-                device=where,
-                dtype=precision,
-                guidance=guide,
-                image=None if start is None else start[part],
-                mask=None if kept is None else kept[part],
-                callback=callback,
-                progress=progress,
-            )
-        )
+        start = {name: value[part] for name, value in given.items() if value is not None}
+        denoiser = _denoiser(model, conditions, part, where)
+        size = (len(keys[part]), *shape)
+        parts.append(draw(denoiser, shape=size, seeds=keys[part], device=where, dtype=precision, **start))
     return torch.cat(parts).clamp_(-1.0, 1.0)
+
+
+def _table(model: Model, method: str, steps: int | None, options: dict[str, Any]) -> samplers.StepTable:
+    if steps is None and options.get("timesteps") is None and options.get("sigmas") is None:
+        steps = STEPS
+    return samplers.build(method, schedule=model.schedule, steps=steps, prediction=model.prediction, **options)
+
+
+def _adaptive(model: Model, method: str, guidance: Guidance | None, options: dict[str, Any]) -> Callable[..., Tensor]:
+    problem: dict[str, Any] = {"schedule": model.schedule, "prediction": model.prediction, **options}
+    scale = None if guidance is None else guidance.scales[0]
+
+    def draw(denoiser: Denoiser, **batch: Any) -> Tensor:
+        return run_adaptive(denoiser, method=method, guidance=scale, **problem, **batch).x
+
+    return draw
+
+
+def _check_adaptive(
+    method: str, steps: int | None, guidance: Guidance | None, given: dict[str, Tensor | None], callback: object
+) -> None:
+    """What a method that chooses its own steps cannot take."""
+    if steps is not None:
+        raise InputError(f"steps: expected None with {method}, which chooses its own; set rtol and atol instead")
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name}: expected None with {method}, which starts from noise; use one with fixed steps")
+    if callback is not None:
+        raise InputError(f"callback: expected None with {method}; fastdiff.run_adaptive takes one of its own kind")
+    if guidance is not None and guidance != Guidance(scale=guidance.scale):
+        raise InputError(f"guidance: expected one number with {method}, got {guidance}")
 
 
 def _guidance(guidance: float | Guidance) -> Guidance | None:

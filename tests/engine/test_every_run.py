@@ -1,14 +1,13 @@
-"""Every method of the registry in the loop: against the float64 interpreter, from an image, with a kept part."""
+"""Every method of the registry from an image, with a kept part, and the inverse ones."""
 
 import numpy as np
 import pytest
 import torch
-from interpret import solve
 
 import fastdiff
 from fastdiff import ops, samplers, schedules
 from fastdiff.errors import InputError
-from fastdiff.noise import STREAM_INITIAL, STREAM_STEP, seed_tensor
+from fastdiff.noise import STREAM_INITIAL, seed_tensor
 
 SHAPE = (2, 2, 4, 5)
 SEEDS = [4, -2]
@@ -32,26 +31,6 @@ def denoiser(x, t):
     if isinstance(x, np.ndarray):
         return 0.8 * np.sin(1.5 * x + 0.001 * t)
     return 0.8 * torch.sin(1.5 * x + 0.001 * t.reshape(-1, 1, 1, 1))
-
-
-@pytest.mark.parametrize("method", FROM_NOISE)
-def test_the_loop_is_the_table(method):
-    """float32 with compiled kernels against float64 NumPy, the same noise: relative error 1e-5, or twice what plain
-    PyTorch makes in float32 where the method itself (the noise form of an SDE in few steps) multiplies it."""
-    steps, keys = table(method, clip=0.7), seed_tensor(SEEDS)
-    if steps.snr.any():
-        pytest.skip("its Langevin steps have tests of their own")
-
-    def noise(row: int) -> np.ndarray:
-        return ops.philox_normal(keys, SHAPE, step=row, stream=STREAM_STEP).double().numpy()
-
-    start = steps.init_scale * ops.philox_normal(keys, SHAPE, stream=STREAM_INITIAL).double().numpy()
-    expected = solve(denoiser, steps, start, noise)
-    found = fastdiff.run(denoiser, steps, shape=SHAPE, seeds=SEEDS).double().numpy()
-    with fastdiff.use_backend("reference"):
-        plain = fastdiff.run(denoiser, steps, shape=SHAPE, seeds=SEEDS).double().numpy()
-    bound = max(1e-5 * np.linalg.norm(expected), 2.0 * np.linalg.norm(plain - expected))
-    assert np.linalg.norm(found - expected) < bound
 
 
 @pytest.mark.parametrize("method", FROM_NOISE)

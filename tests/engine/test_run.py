@@ -18,6 +18,7 @@ from fastdiff.samplers import StepTable
 
 SHAPE = (5, 3, 4, 7)
 SEEDS = [11, 0, 2**63 + 5, -4, 11]
+FROM_NOISE = [name for name, info in samplers.methods().items() if not info.inverse]
 
 
 def table(method: str = "dpmpp_2m", steps: int = 6, **options) -> StepTable:
@@ -34,7 +35,7 @@ def per_sample(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.stack([per_element(one[None], time[None])[0] - one.mean() for one, time in zip(x, t, strict=True)])
 
 
-@pytest.mark.parametrize("method", samplers.methods())
+@pytest.mark.parametrize("method", FROM_NOISE)
 def test_the_loop_is_the_table(method):
     """Against float64 arithmetic on the same noise: starting noise, anchor, history, step noise, input scales."""
     steps = table(method)
@@ -55,7 +56,7 @@ def test_the_loop_is_the_table(method):
 
 
 @pytest.mark.parametrize("denoiser", [per_element, per_sample], ids=["per_element", "per_sample"])
-@pytest.mark.parametrize("method", samplers.methods())
+@pytest.mark.parametrize("method", FROM_NOISE)
 def test_a_sample_depends_on_its_seed_alone(method, denoiser):
     steps = table(method)
     batch = fastdiff.run(denoiser, steps, shape=SHAPE, seeds=SEEDS)

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import samplers, schedules
+from fastdiff import Guidance, samplers, schedules
 from fastdiff.errors import InputError
 from fastdiff.models import Model as LoadedModel
 
 SEEDS = [3, 1, 4, 1, 5, 9, 2]
 LABELS = [0, 1, 2, 2, 1, 0, 3]
-VP_METHODS = [name for name, info in samplers.methods().items() if not info.kinds or "vp" in info.kinds]
+VP_METHODS = [
+    name for name, info in samplers.methods().items() if (not info.kinds or "vp" in info.kinds) and not info.inverse
+]
 
 
 class Network(torch.nn.Module):
@@ -102,9 +104,56 @@ def test_a_model_without_classes_gets_no_labels():
 
 @pytest.mark.parametrize("method", VP_METHODS)
 def test_every_method_samples(model, method):
-    images = fastdiff.sample(model, method=method, steps=20, seeds=SEEDS, labels=LABELS, spacing="trailing")
+    images = fastdiff.sample(model, method=method, seeds=SEEDS, labels=LABELS)
     expected = model.network.grey[torch.tensor(LABELS)].view(-1, 1, 1, 1)
     assert (images - expected).abs().mean() < 0.21
+
+
+@pytest.mark.parametrize("method", samplers.ADAPTIVE)
+@pytest.mark.parametrize("guidance", [1.0, 1.2])
+def test_adaptive_methods_sample(model, method, guidance):
+    arguments = {"seeds": SEEDS, "labels": LABELS, "guidance": guidance, "rtol": 0.01}
+    images = fastdiff.sample(model, method=method, **arguments)
+    fixed = fastdiff.sample(model, method="dpmpp_2m", steps=100, seeds=SEEDS, labels=LABELS, guidance=guidance)
+    assert (images - fixed).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 20}, "steps: expected None with rk45, which chooses its own"),
+        ({"image": torch.zeros(1, 1, 6, 6)}, "image: expected None with rk45, which starts from noise"),
+        ({"callback": print}, "callback: expected None with rk45"),
+        ({"guidance": Guidance(scale=2.0, rescale=0.5)}, "guidance: expected one number with rk45"),
+        ({"eta": 0.5}, "eta"),
+    ],
+    ids=str,
+)
+def test_what_adaptive_methods_refuse(model, arguments, message):
+    with pytest.raises(InputError, match=message):
+        fastdiff.sample(model, method="rk45", seeds=SEEDS, labels=LABELS, **arguments)
+
+
+def test_several_conditions(model):
+    """grey[1] + 2 (grey[2] - grey[4]) and so on: the sample is the combination of what each class looks like."""
+    guidance = Guidance(scale=(1.0, 0.5))
+    images = fastdiff.sample(model, seeds=SEEDS, labels=[[0] * len(SEEDS), [1] * len(SEEDS)], guidance=guidance)
+    grey = model.network.grey
+    expected = grey[4] + (grey[0] - grey[4]) + 0.5 * (grey[1] - grey[4])
+    assert (images - expected.clamp(-1.0, 1.0)).abs().mean() < 0.21
+    with pytest.raises(InputError, match="labels: expected 2 lists, one for each scale of guidance, got"):
+        fastdiff.sample(model, seeds=SEEDS, labels=LABELS, guidance=guidance)
+
+
+def test_one_image_for_every_seed(model):
+    image = torch.full((1, 6, 6), 0.25)
+    mask = torch.zeros(6, 6)
+    mask[3:] = 1.0
+    found = fastdiff.sample(model, seeds=SEEDS, labels=LABELS, image=image, mask=mask, batch_size=2)
+    assert (found[:, :, :3] == 0.25).all()
+    assert not torch.isclose(found[:, :, 3:], torch.tensor(0.25)).all()
+    with pytest.raises(InputError, match=r"image: expected .*, one per seed, or one for all, got 2"):
+        fastdiff.sample(model, seeds=[*SEEDS, 9], labels=[*LABELS, 0], image=torch.zeros(2, 1, 6, 6))
 
 
 def test_options_reach_the_table(model):
