@@ -60,6 +60,16 @@ def test_rescale(capsys, checkpoint, tmp_path):  # noqa: F811
     assert not np.allclose(plain, rescaled, atol=1e-3)
 
 
+@pytest.mark.parametrize("chosen", [["--method", "dpm_adaptive"], ["--option", "timesteps=[900, 500, 100]"]], ids=str)
+def test_steps_that_are_not_counted(capsys, checkpoint, tmp_path, chosen):  # noqa: F811
+    out = tmp_path / "a.npz"
+    result = run(capsys, "sample", "--model", checkpoint, "--count", 2, "--out", out, *chosen)
+    assert result[0] == 0, result[2]
+    assert "2 images in" in result[1]
+    assert "steps per second" not in result[1]
+    assert out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -16,8 +16,10 @@ import torch
 import fastdiff
 from fastdiff import config
 from fastdiff.cli import images, options, output
+from fastdiff.engine.sample import STEPS
 from fastdiff.errors import InputError
 from fastdiff.models.loading import Model
+from fastdiff.samplers import ADAPTIVE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_IMAGES = 1_000_000
@@ -58,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the first image (default 0)")
     how = parser.add_argument_group("how to draw it")
     how.add_argument("--method", default="dpmpp_2m", help="sampling method (default dpmpp_2m)")
-    how.add_argument("--steps", type=int, default=20, metavar="N", help="steps; more are slower, finer (default 20)")
+    how.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps; more are slower, finer (default 20; adaptive methods choose their own)",
+    )
     how.add_argument(
         "--guidance",
         type=float,
@@ -108,6 +115,8 @@ def main(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
     chosen = options.parse(arguments.option, arguments.method)
     _add_strength(chosen, arguments)
+    if arguments.steps is None and not {"timesteps", "sigmas"} & chosen.keys() and arguments.method not in ADAPTIVE:
+        arguments.steps = STEPS
     output.check_path(path)
     device = _device(arguments.device)
     if arguments.threads is not None:
@@ -159,14 +168,16 @@ def _add_strength(chosen: dict[str, object], arguments: argparse.Namespace) -> N
 def _print_result(
     arguments: argparse.Namespace, path: Path, device: torch.device, labels: Sequence[int] | None, seconds: float
 ) -> None:
-    steps = arguments.steps * math.ceil(arguments.count / arguments.batch_size)
+    # Unknown where the method or the caller's points say how many there are.
+    steps = None if arguments.steps is None else arguments.steps * math.ceil(arguments.count / arguments.batch_size)
+    speed = None if steps is None else steps / seconds
     if arguments.json:
         names = ("model", "method", "steps", "guidance", "dtype", "backend", "seed")
         result = {
             "out": str(path),
             "images": arguments.count,
             "seconds": round(seconds, 4),
-            "steps_per_second": round(steps / seconds, 3),
+            "steps_per_second": None if speed is None else round(speed, 3),
             "batch_size": min(arguments.batch_size, arguments.count),
             "device": str(device),
             "labels": labels,
@@ -176,10 +187,9 @@ def _print_result(
         }
         print(json.dumps(result))
         return
-    print(
-        f"{path}: {arguments.count} images in {seconds:.2f} s, {arguments.steps} steps of {arguments.method}, "
-        f"{steps / seconds:.2f} steps per second ({device}, {arguments.dtype})"
-    )
+    how = arguments.method if speed is None else f"{arguments.steps} steps of {arguments.method}, "
+    rate = "" if speed is None else f"{speed:.2f} steps per second"
+    print(f"{path}: {arguments.count} images in {seconds:.2f} s, {how}{rate} ({device}, {arguments.dtype})")
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
