@@ -32,6 +32,7 @@ CASES = {
     "dpm_solver_singlestep-order3": {"order": 3},
     "dpm_solver_singlestep-order3-heun": {"order": 3, "solver": "heun", "r1": 0.2, "r2": 0.7},
     "dpm_solver_singlestep-grid": {"order": 3, "points": "grid", "solver": "heun"},
+    "dpm_solver_singlestep-clip": {"order": 3, "clip": 0.5},
     "dpm_solver_singlestep-lowered": {"order": 3, "lower_order_final": True},
     "dpmpp_singlestep": {},
     "dpmpp_singlestep-heun": {"solver": "heun"},
@@ -88,13 +89,13 @@ def states(method, schedule, grid, noises, options):
         options.get("s_noise", 1.0),
     )
     sde, outer = method == "dpmpp_sde", options.get("solver", "midpoint")
-    drawn = iter(noises)
+    drawn, clip = iter(noises), options.get("clip", np.inf)
     x = X * max(grid.sigmas[0], 1.0)
     for points, nodes in blocks(grid, schedule, options):
         (alpha, sigma), (alpha1, sigma1) = points[0], points[-1]
         r = sigma / alpha if alpha else math.inf
         if len(points) == 2 and not nodes:
-            data, z = Mixture().denoise(x, alpha, sigma), next(drawn)
+            data, z = np.clip(Mixture().denoise(x, alpha, sigma), -clip, clip), next(drawn)
             down, up = split(r, sigma1 / alpha1, eta)
             x = alpha1 * (data + down * (x - alpha * data) / sigma + up * s_noise * z)
             yield x
@@ -105,7 +106,7 @@ def states(method, schedule, grid, noises, options):
         known, start, path, variance = [], x, 0.0, 0.0
         for j, (alpha_j, sigma_j) in enumerate(levels[1:]):
             a, s = levels[j]
-            data, z = Mixture().denoise(x, a, s), next(drawn)
+            data, z = np.clip(Mixture().denoise(x, a, s), -clip, clip), next(drawn)
             known.append(data if method.startswith("dpmpp") else (x - a * data) / s)
             last = j == len(levels) - 2
             down, up = split(r, sigma_j / alpha_j, eta if sde or last else 0.0)
