@@ -48,10 +48,10 @@ def dpmpp_sde(
     rho = sigma/alpha; (d_s, u_s) = `ancestral_step` from x to s, r of the way in lambda, and (d, u) to the end; D_u is
     the prediction for u at s. At eta = 1 these are exact steps of the reverse SDE for constant D. A step to sigma' = 0,
     or from no signal, is of order 1.
-    noise               "brownian": z_2 continues z_1 as one path of the SDE does, z_2 = sqrt(c) z_1 + sqrt(1 - c) z',
-                        c = (u_s/d_s)^2 / (u/d)^2. k-diffusion's own path has the clock sigma instead of this one, by
-                        which its c is (rho - rho_s)/(rho - rho'). "independent": z_2 is taken as it is given, for a
-                        caller who draws from a path.
+    noise               "brownian": z_1 and z_2 are the increments, from rho to rho_s and to rho', of one Brownian path
+                        over rho, each divided by its standard deviation (k-diffusion):
+                        z_2 = sqrt(c) z_1 + sqrt(1 - c) z', c = (rho - rho_s)/(rho - rho'). "independent": z_2 is taken
+                        as it is given, for a caller who draws from a path; it is less exact if that is none.
     order, points, solver, lower_order_final   those of `dpmpp_singlestep`, whose r1 is r
     curvature           of order 3 with solver="heun": "exact", or "offset", diffusers' with a wrong sign: an error as
                         large as the curvature itself

@@ -95,34 +95,33 @@ def block_rows(
 ) -> Iterator[Row]:
     """The rows of a block.
 
-    brownian   whether the noises of the rows are those of one path M from x_0, x_j = a_j (x_0 + M_j) + ..., whose
-               increments are independent; otherwise the z of the rows are independent
+    brownian   whether the noises of its states are those of one path over r, from the start down to each; otherwise
+               each state's is a new one
     """
     count = len(block.points)
     if count == 1:
         yield _only_row(problem, block)
         return
-    steps = [_weights(block, form, j, curvature) for j in range(count)]
-    fresh = [target.point.alpha * target.up for target in block.targets]
-    carried = [0.0] * count
-    if brownian:
-        carried = _increments(steps, fresh)
-        fresh = [a * increment for (a, _), increment in zip(steps, carried, strict=True)]
-    for j, (point, target) in enumerate(zip(block.points, block.targets, strict=True)):
-        q, noise = form.quantity(problem, point), (fresh[j], {"noise": 1.0})
+    states = [_state(block, form, j, curvature, brownian) for j in range(count)]
+    for j, (point, state) in enumerate(zip(block.points, states, strict=True)):
+        q, z = form.quantity(problem, point), {"noise": 1.0}
+        to = block.targets[j].point
         if j == count - 1:
-            new_x = combine([(1.0, {"anchor": 1.0}), (steps[j][1][j], q), noise])
-            yield make_row(problem, point, new_x, to=target.point)
+            new_x = combine([(1.0, {"anchor": 1.0}), (state.q[j], q), (state.z[j], z)])
+            yield make_row(problem, point, new_x, to=to)
             return
-        x_0, known = ({"x": 1.0}, [q]) if j == 0 else ({"anchor": 1.0}, [{"hist1": 1.0}, q])
-        path = combine([(1.0, x_0), (carried[j], {"noise": 1.0})])
+        if j == 0:
+            x_0, known, drawn = {"x": 1.0}, [q], [z]
+        else:
+            x_0, known = {"anchor": 1.0}, [{"hist1": 1.0}, q]
+            drawn = [_first_noise(states[0]), z]
         prepares_last = j == count - 2
         yield make_row(
             problem,
             point,
-            combine([*_terms(steps[j], x_0, known), noise]),
-            to=target.point,
-            anchor=combine(_terms(steps[-1], path, known)) if prepares_last else path,
+            state.terms(x_0, known, drawn),
+            to=to,
+            anchor=states[-1].terms(x_0, known, drawn) if prepares_last else x_0,
             history=None if prepares_last else q,
         )
 
@@ -135,24 +134,37 @@ def _only_row(problem: Problem, block: Block) -> Row:
     return make_row(problem, start, new_x, to=target.point)
 
 
-def _weights(block: Block, form: Form, j: int, curvature: str) -> tuple[float, list[float]]:
-    """a_j and the factors of q_0 ... q_j in the state that row j leads to."""
+@dataclass(frozen=True)
+class State:
+    """The state that a row leads to: x * x_0 + sum of q_l times `q` + sum of the rows' z_i times `z`."""
+
+    x: float
+    q: list[float]
+    z: list[float]
+
+    def terms(self, x_0: Coefficients, known: list[Coefficients], drawn: list[Coefficients]) -> Coefficients:
+        """The part of it that is known: the last row's q and z may be missing."""
+        return combine(
+            [(self.x, x_0), *zip(self.q, known, strict=False), *zip(self.z, drawn, strict=False)],
+        )
+
+
+def _state(block: Block, form: Form, j: int, curvature: str, brownian: bool) -> State:
     start, target = block.points[0], block.targets[j]
     step = form.propagate(start, target.point.alpha, target.ratio)
     nodes = [log_ratio(start.ratio, point.ratio) / target.length for point in block.points[1 : j + 1]]
     weights = [step.scale * w for w in corrections(nodes, step.z, block.solvers[j], curvature)]
-    return step.x, [step.q - math.fsum(weights), *weights]
+    shares = [0.0] * j + [1.0]
+    if brownian:
+        fallen = [start.ratio - other.point.ratio for other in block.targets[: j + 1]]
+        shares = [math.sqrt((to - since) / fallen[-1]) for since, to in pairwise([0.0, *fallen])]
+    size = target.point.alpha * target.up
+    return State(step.x, [step.q - math.fsum(weights), *weights], [size * share for share in shares])
 
 
-def _terms(
-    step: tuple[float, list[float]], x_0: Coefficients, known: list[Coefficients]
-) -> list[tuple[float, Coefficients]]:
-    """a x_0 and what is known of the q_l, each with its factor."""
-    a, factors = step
-    return [(a, x_0), *zip(factors, known, strict=False)]
-
-
-def _increments(steps: list[tuple[float, list[float]]], sizes: list[float]) -> list[float]:
-    """Standard deviations of the increments of M, whose variance at row j is (s_j / a_j)^2."""
-    variances = [0.0, *((size / a) ** 2 for (a, _), size in zip(steps, sizes, strict=True))]
-    return [math.sqrt(max(later - earlier, 0.0)) for earlier, later in pairwise(variances)]
+def _first_noise(first: State) -> Coefficients:
+    """The first row's z in the second row: what its x has beyond its other terms."""
+    (size,) = first.z
+    if size == 0.0:
+        return {}
+    return combine([(1.0 / size, {"x": 1.0}), (-first.x / size, {"anchor": 1.0}), (-first.q[0] / size, {"hist1": 1.0})])

@@ -44,6 +44,8 @@ CASES = {
     "dpmpp_2s_ancestral-half": {"eta": 0.5},
     "dpmpp_sde": {},
     "dpmpp_sde-independent": {"noise": "independent", "eta": 0.5, "order": 3},
+    "dpmpp_sde-order3": {"order": 3, "eta": 0.5},
+    "dpmpp_sde-no-eta": {"order": 3, "eta": 0.0},
     "dpmpp_sde-grid": {"points": "grid", "order": 3},
 }
 

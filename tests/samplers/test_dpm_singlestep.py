@@ -12,7 +12,7 @@ from diffusers_peer import SCHEDULES, network, relative
 from interpret import apply_row, trajectory
 from lambda_integral import integral
 from mixture import Mixture
-from stochastic import assert_distribution, assert_power
+from stochastic import assert_distribution, assert_power, draw
 
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
@@ -103,7 +103,7 @@ def states(method, schedule, grid, noises, options):
         end, _ = (sigma1 / alpha1, 0.0) if sde else split(r, sigma1 / alpha1, eta)
         inner = [schedule.from_ratio(r * (end / r) ** node) for node in nodes] or points[1:-1]
         levels = [(float(a), float(s)) for a, s in (points[0], *inner, points[-1])]
-        known, start, path, variance = [], x, 0.0, 0.0
+        known, start, path, fallen = [], x, 0.0, 0.0
         for j, (alpha_j, sigma_j) in enumerate(levels[1:]):
             a, s = levels[j]
             data, z = np.clip(Mixture().denoise(x, a, s), -clip, clip), next(drawn)
@@ -119,9 +119,9 @@ def states(method, schedule, grid, noises, options):
             else:
                 x = alpha_j / alpha * start - alpha_j * down * integral(1.0, h, known, places, solver)
             if sde and options.get("noise") != "independent":
-                path = path + math.sqrt((up / down) ** 2 - variance) * z
-                variance = (up / down) ** 2
-                x = x + alpha_j * down * s_noise * path
+                path = path + math.sqrt(r - sigma_j / alpha_j - fallen) * z
+                fallen = r - sigma_j / alpha_j
+                x = x + alpha_j * up * s_noise * path / math.sqrt(fallen)
             else:
                 x = x + alpha_j * up * s_noise * z
             yield x
@@ -193,18 +193,23 @@ def test_a_wrong_noise_coefficient_is_seen(case):
 
 @pytest.mark.parametrize("r", [0.3, 0.5])
 def test_the_two_noises_of_a_step_are_one_path(r):
-    """z_2 = sqrt(c) z_1 + sqrt(1 - c) z', c = (e^(2 r h) - 1) / (e^(2 h) - 1) at eta = 1: the SDE's own covariance."""
+    """z_2 = sqrt(c) z_1 + sqrt(1 - c) z', c = (rho - rho_s) / (rho - rho') with rho = sigma / alpha."""
     table = samplers.build("dpmpp_sde", schedule=VP, steps=6, prediction="v", spacing="karras", r=r)
     noise = INPUTS.index("noise")
-    for i in range(5):
-        low, high = table.grid.noise_ratios[i + 1], table.grid.noise_ratios[i]
-        h, alpha1 = math.log(high / low), table.grid.alphas[i + 1]
-        c = math.expm1(2.0 * r * h) / math.expm1(2.0 * h)
-        up = alpha1 * low * math.sqrt(-math.expm1(-2.0 * h))
+    for i, (high, low) in enumerate(pairwise(table.grid.noise_ratios[:-1])):
+        c = (high - high * (low / high) ** r) / (high - low)
+        up = table.grid.alphas[i + 1] * low * math.sqrt(1.0 - (low / high) ** 2)
         first, second = table.rows[2 * i], table.rows[2 * i + 1]
         assert first[NEW_ANCHOR][noise] == pytest.approx(up * math.sqrt(c), rel=1e-9)
         assert second[NEW_X][noise] == pytest.approx(up * math.sqrt(1.0 - c), rel=1e-9)
         assert second[NEW_X][INPUTS.index("anchor")] == 1.0
+
+
+def test_one_path_is_worth_its_correlation():
+    """With independent noises the inner state lies off the path, and few steps lose more of the variance."""
+    exact = Mixture().moments()[1]
+    found = {noise: draw("dpmpp_sde", steps=20, noise=noise).var() for noise in ("brownian", "independent")}
+    assert abs(found["brownian"] / exact - 1.0) < 0.5 * abs(found["independent"] / exact - 1.0)
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 3, 6, 7, 8, 20])
