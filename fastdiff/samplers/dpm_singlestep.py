@@ -32,8 +32,8 @@ def dpm_solver_singlestep(problem: Problem, **options: Any) -> StepTable:
                         of its steps make one block, and a grid step is a network call (diffusers)
     lower_order_final   whether the last step is of order 1; with "grid" whether the last blocks are lowered so that the
                         last is (diffusers), which also happens where the grid's steps are no multiple of the order
-    evaluations         the network calls in all: steps of order 3, then lower ones for the rest (DPM-Solver-fast, with
-                        evaluations // 3 + 1 steps); needs order=3
+    evaluations         the network calls in all: evaluations // 3 + 1 steps of order 3, but for the last, which take
+                        what is left (DPM-Solver-fast; with spacing="logsnr" k-diffusion's dpm_fast); needs order=3
     eta, s_noise        each step goes down to `euler.ancestral_step`, but not below the last point, and adds noise
     """
     return _singlestep("dpm_solver_singlestep", Noise, problem, **options)

@@ -25,11 +25,13 @@ def dpm_solver(
 ) -> StepTable:
     """x' = (alpha'/alpha) x - sigma' int_0^h e^(h - u) P(u) du, P the polynomial through the last `order` epsilon.
 
-    h is the step in lambda = log(alpha/sigma). Order 1 is DDIM, order 2 is x' = (alpha'/alpha) x
-    - sigma' (e^h - 1) epsilon - c (h/h0) (epsilon - epsilon_0),
-    c = sigma' (e^h - 1)/2 for solver="midpoint", sigma' ((e^h - 1)/h - 1) for "heun". The first step is of order
-    1, the second at most 2; a step to sigma' = 0 is of order 1.
-    curvature           of the parabola of order 3: "exact", or "half" of it, as in the official code and diffusers,
+    h is the step in lambda = log(alpha/sigma), h0 the last one. Order 1 is DDIM. Order 2 is
+
+        x' = (alpha'/alpha) x - sigma' (e^h - 1) epsilon - c (h/h0) (epsilon - epsilon_0),
+
+    c = sigma' (e^h - 1)/2 for solver="midpoint", sigma' ((e^h - 1)/h - 1) for "heun". The first step is of order 1, the
+    second at most 2; a step to sigma' = 0 is of order 1.
+    curvature           of the parabola of order 3: "exact", or "half" of it, as in the authors' code and diffusers,
                         whose second difference lacks a factor of 2. With half of it the method is of order 2.
     lower_order_final   whether the last step is of order 1 and the one before it of order 2 in any case; None: where
                         there are fewer than 15 steps

@@ -38,7 +38,7 @@ def dpmpp_3m(problem: Problem, **options: Any) -> StepTable:
     """x' = (sigma'/sigma) x + alpha' int_0^h e^(u - h) P(u) du, P the parabola through the last three D in lambda.
 
     The second step is `dpmpp_2m`'s, with its solver; so is the last but one with lower_order_final.
-    curvature           of P: "exact", or "half" of it, as in the official code and diffusers, whose second difference
+    curvature           of P: "exact", or "half" of it, as in the authors' code and diffusers, whose second difference
                         lacks a factor of 2. With half of it the method is of order 2.
     The other options are those of `dpmpp_2m`.
     """

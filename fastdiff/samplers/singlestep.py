@@ -2,7 +2,7 @@
 
 Row j of a block calls the network at point j - 1 and takes the block's first state x_0 to point j:
 
-    x_j = a_j x_0 + b_j q_0 + c_j sum_l w_jl (q_l - q_0) + s_j z, 1 <= l < j,
+    x_j = a_j x_0 + b_j q_0 + c_j sum_l w_jl (q_l - q_0) + noise, 1 <= l < j,
 
 with a, b, c and w of `exponential`. The anchor carries what the last row needs of those before it.
 """
@@ -58,11 +58,9 @@ class Aim:
 
     def inner(self, start: Point, point: Point) -> Target:
         """The target of another row."""
-        return (
-            self.last(start, point)
-            if self.sde
-            else Target(point, point.ratio, 0.0, log_ratio(start.ratio, point.ratio))
-        )
+        if self.sde:
+            return self.last(start, point)
+        return Target(point, point.ratio, 0.0, log_ratio(start.ratio, point.ratio))
 
 
 @dataclass(frozen=True)
@@ -144,12 +142,11 @@ class State:
 
     def terms(self, x_0: Coefficients, known: list[Coefficients], drawn: list[Coefficients]) -> Coefficients:
         """The part of it that is known: the last row's q and z may be missing."""
-        return combine(
-            [(self.x, x_0), *zip(self.q, known, strict=False), *zip(self.z, drawn, strict=False)],
-        )
+        return combine([(self.x, x_0), *zip(self.q, known, strict=False), *zip(self.z, drawn, strict=False)])
 
 
 def _state(block: Block, form: Form, j: int, curvature: str, brownian: bool) -> State:
+    """The state that row j (from 0) leads to."""
     start, target = block.points[0], block.targets[j]
     step = form.propagate(start, target.point.alpha, target.ratio)
     nodes = [log_ratio(start.ratio, point.ratio) / target.length for point in block.points[1 : j + 1]]
