@@ -45,12 +45,13 @@ class Data:
 class Noise:
     """q = epsilon: x' = (alpha'/alpha) x - g sigma' h int_0^1 e^(h (1 - u)) epsilon du, h = log(r / r').
 
-    g = 1 is the flow; 1 + eta an SDE's mean. Where D is bounded, epsilon is what leads from x to the bounded D.
+    g = 1 is the flow; 1 + eta an SDE's mean. Where D is bounded, epsilon is what leads from x to the bounded D; at
+    sigma = 0 it is the network's own.
     """
 
     @staticmethod
     def quantity(problem: Problem, point: Point) -> dict[str, float]:
-        if problem.bounded:
+        if problem.bounded and point.sigma > 0.0:
             return {"x": 1.0 / point.sigma, "D": -point.alpha / point.sigma}
         return {"x": point.noise.x, "m": point.noise.m}
 
@@ -65,8 +66,10 @@ Form = type[Data] | type[Noise]
 
 
 def log_ratio(r: float, r1: float) -> float:
-    """log(r / r1): how far lambda rises; infinite from no signal, or to no noise."""
-    return math.log(r / r1) if r < math.inf and r1 > 0.0 else math.inf
+    """log(r / r1): how far lambda rises; infinite where one of the two is 0 or infinite."""
+    if 0.0 < r < math.inf and 0.0 < r1 < math.inf:
+        return math.log(r / r1)
+    return math.inf if r1 < r else -math.inf
 
 
 def phi(n: int, z: float) -> float:

@@ -50,8 +50,8 @@ def plan(
 ) -> list[Step]:
     """The steps of the grid, each of the highest order up to `order` that its past and LOWERED allow.
 
-    The first step is of order 1, as is one after a point without signal, where lambda is infinite, and one to
-    sigma' = 0; the step after it is of order 2.
+    The first step is of order 1, as is one after a point without signal or noise, where lambda is infinite, and one to
+    such a point; the step after it is of order 2.
     """
     churned = [*churn.steps(problem, scaled=False)]
     ratios, steps = [step.start.ratio for step in churned], len(churned)
@@ -59,10 +59,9 @@ def plan(
     orders: list[int] = []
     past = 0
     for i, step in enumerate(churned):
-        # Nothing is extrapolated from a point without signal, nor to a start that churn raised above the last one.
-        past = past + 1 if i > 0 and ratios[i] < ratios[i - 1] < math.inf else 0
+        past = past + 1 if i > 0 and _follows(ratios[i - 1], ratios[i], step.end.ratio) else 0
         # A step of no length changes nothing, whatever its order.
-        first_order = step.end.ratio in (0.0, ratios[i]) or (euler_at_final and i == steps - 1)
+        first_order = step.end.ratio in (0.0, ratios[i], math.inf) or (euler_at_final and i == steps - 1)
         orders.append(1 if first_order else min(order, past + 1, steps - i if lowered else order))
     result = []
     for i, step in enumerate(churned):
@@ -71,6 +70,14 @@ def plan(
         kept = any(orders[i + j] > j for j in (1, 2) if i + j < steps)
         result.append(Step(step, nodes, kept))
     return result
+
+
+def _follows(last: float, start: float, end: float) -> bool:
+    """Whether a step can use what was known at `last`: where lambda is finite, and not ahead of it.
+
+    A start that churn raised above the last one lies behind it.
+    """
+    return 0.0 < last < math.inf and (start < last) == (end < start)
 
 
 def step_row(
