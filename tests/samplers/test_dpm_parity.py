@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from convergence import error
-from diffusers_peer import assert_parity, differs, relative, scheduler_for, table_for
+from diffusers_peer import SCHEDULES, assert_parity, differs, relative, scheduler_for, table_for
 from interpret import trajectory
 
 from fastdiff import samplers, schedules
@@ -54,6 +54,18 @@ ENDS = {
     "min": (MIN, END),
     "lowered": (MIN | {"lower_order_final": True}, END | {"lower_order_final": True}),
 }
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "method",
+    ["dpmpp_3m", "dpmpp_3m_sde", "dpm_solver", "dpm_solver_sde", "dpm_solver_singlestep", "dpmpp_singlestep"],
+)
+def test_default_configuration(method, schedule, prediction):
+    for steps in (2, 7, 20, 50):
+        scheduler = scheduler_for(method, schedule, prediction)
+        assert_parity(table_for(method, scheduler, prediction, steps), scheduler)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
