@@ -5,10 +5,11 @@ Lu et al. 2022, "DPM-Solver++", algorithm 2, over a rising grid.
 
 from collections.abc import Iterator
 
-from fastdiff.samplers.exponential import SOLVERS, Data, Noise, combine
+from fastdiff.samplers.exponential import SOLVERS, Data
 from fastdiff.samplers.multistep import LOWERED, Step, plan, step_row
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, make_row, make_table, whole
+from fastdiff.samplers.terms import ddim_step, epsilon
 
 CURVATURES = ("exact", "half")
 
@@ -42,7 +43,7 @@ def _rows(problem: Problem, steps: list[Step], solver: str, curvature: str) -> I
             yield step_row(problem, step, Data, propagation, solver, curvature=curvature)
         else:
             # DDIM, written so that neither end needs a finite lambda.
-            ddim = combine([(end.alpha, {"D": 1.0}), (end.sigma, Noise.quantity(problem, start))])
+            ddim = ddim_step(end, epsilon(problem, start))
             yield make_row(problem, start, ddim, to=end, history={"D": 1.0} if step.kept else None)
 
 

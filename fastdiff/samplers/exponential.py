@@ -9,10 +9,11 @@ Lu et al. 2022, "DPM-Solver" (equation 3.4) and "DPM-Solver++" (equation 8).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastdiff.samplers.problem import Point, Problem
+from fastdiff.samplers.terms import epsilon
 
 SOLVERS = ("midpoint", "heun")
 
@@ -45,15 +46,12 @@ class Data:
 class Noise:
     """q = epsilon: x' = (alpha'/alpha) x - g sigma' h int_0^1 e^(h (1 - u)) epsilon du, h = log(r / r').
 
-    g = 1 is the flow; 1 + eta an SDE's mean. Where D is bounded, epsilon is what leads from x to the bounded D; at
-    sigma = 0 it is the network's own.
+    g = 1 is the flow; 1 + eta an SDE's mean.
     """
 
     @staticmethod
     def quantity(problem: Problem, point: Point) -> dict[str, float]:
-        if problem.bounded and point.sigma > 0.0:
-            return {"x": 1.0 / point.sigma, "D": -point.alpha / point.sigma}
-        return {"x": point.noise.x, "m": point.noise.m}
+        return epsilon(problem, point)
 
     @staticmethod
     def propagate(start: Point, alpha: float, ratio: float, gain: float = 1.0) -> Propagation:
@@ -112,12 +110,3 @@ def corrections(nodes: Sequence[float], z: float, solver: str, curvature: str = 
         return [0.0, phi(2, z) / v]
     bend = CURVATURES[curvature](z)
     return [(phi(2, z) * v - bend) / (u * (v - u)), (bend - phi(2, z) * u) / (v * (v - u))]
-
-
-def combine(terms: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
-    """The sum of factor * coefficients."""
-    total: dict[str, float] = {}
-    for factor, coefficients in terms:
-        for name, value in coefficients.items():
-            total[name] = total.get(name, 0.0) + factor * value
-    return total

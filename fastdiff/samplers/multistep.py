@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 from fastdiff.samplers.churn import Churn, ChurnedStep
-from fastdiff.samplers.exponential import Form, Propagation, combine, corrections, log_ratio
+from fastdiff.samplers.exponential import Form, Propagation, corrections, log_ratio
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import Row, make_row
+from fastdiff.samplers.terms import total
 
 NO_CHURN = Churn(s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
 # Whether the last step is of order 1 and the one before it of order 2 in any case, None: where there are fewer than 15
@@ -95,8 +96,8 @@ def step_row(
     # The solver is that of one node; through two earlier ones there is only the parabola.
     solver = "heun" if len(step.nodes) == 2 else solver
     weights = [propagation.scale * w for w in corrections(step.nodes, propagation.z, solver, curvature)]
-    new_x = combine(
-        [
+    new_x = total(
+        *[
             (propagation.x, {"x": 1.0}),
             (propagation.q - math.fsum(weights), quantity),
             *((weight, {f"hist{j}": 1.0}) for j, weight in enumerate(weights, start=1)),

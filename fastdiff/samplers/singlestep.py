@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fastdiff.samplers.euler import ancestral_step
-from fastdiff.samplers.exponential import Data, Form, combine, corrections, log_ratio
+from fastdiff.samplers.exponential import Data, Form, corrections, log_ratio
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import Row, make_row
+from fastdiff.samplers.terms import total
 
 Coefficients = dict[str, float]
 
@@ -105,7 +106,7 @@ def block_rows(
         q, z = form.quantity(problem, point), {"noise": 1.0}
         to = block.targets[j].point
         if j == count - 1:
-            new_x = combine([(1.0, {"anchor": 1.0}), (state.q[j], q), (state.z[j], z)])
+            new_x = total((1.0, {"anchor": 1.0}), (state.q[j], q), (state.z[j], z))
             yield make_row(problem, point, new_x, to=to)
             return
         if j == 0:
@@ -142,7 +143,7 @@ class State:
 
     def terms(self, x_0: Coefficients, known: list[Coefficients], drawn: list[Coefficients]) -> Coefficients:
         """The part of it that is known: the last row's q and z may be missing."""
-        return combine([(self.x, x_0), *zip(self.q, known, strict=False), *zip(self.z, drawn, strict=False)])
+        return total((self.x, x_0), *zip(self.q, known, strict=False), *zip(self.z, drawn, strict=False))
 
 
 def _state(block: Block, form: Form, j: int, curvature: str, brownian: bool) -> State:
@@ -164,4 +165,4 @@ def _first_noise(first: State) -> Coefficients:
     (size,) = first.z
     if size == 0.0:
         return {}
-    return combine([(1.0 / size, {"x": 1.0}), (-first.x / size, {"anchor": 1.0}), (-first.q[0] / size, {"hist1": 1.0})])
+    return total((1.0 / size, {"x": 1.0}), (-first.x / size, {"anchor": 1.0}), (-first.q[0] / size, {"hist1": 1.0}))
