@@ -19,6 +19,7 @@ from benchmarks.operators import BUILDERS
 from fastdiff import noise, ops
 from fastdiff.ops import native, row
 from fastdiff.ops.registry import OPERATORS
+from fastdiff.samplers import ADAPTIVE, methods
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "fastdiff").rglob("*.py"))}
@@ -215,3 +216,10 @@ def test_files_stay_short() -> None:
     for folder in ("fastdiff", "kernels", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 320, path
+
+
+def test_the_readme_names_every_method() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Samplers")[1].split("## ")[0]
+    assert set(re.findall(r"`(\w+)`", section.split("[The table of methods]")[0])) >= {*methods(), *ADAPTIVE}
+    assert f"{len(methods())} methods" in text

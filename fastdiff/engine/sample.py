@@ -54,7 +54,7 @@ def sample(
     progress: bool | None = None,
     **options: Any,
 ) -> Tensor:
-    """Images of the model, float32 (N, *model.sample_shape) in [-1, 1], one for each seed.
+    """Images of the model, float32 (N, *model.sample_shape) in [-1, 1], one for each seed; noise of an inverse method.
 
     labels          one class per seed; None samples without a class. With a `Guidance` of several scales one such list
                     for each.
@@ -88,11 +88,13 @@ def sample(
         "mask": _repeated("mask", mask, len(keys), where),
     }
     shape = model.sample_shape if given["image"] is None else tuple(given["image"].shape[1:])
+    bounded = True
     if method in samplers.ADAPTIVE:
         _check_adaptive(method, steps, guide, given, callback)
         draw = _adaptive(model, method, guide, options)
     else:
         table = _table(model, method, steps, options)
+        bounded = not table.inverse
         draw = partial(run, table=table, guidance=guide, callback=callback, progress=progress)
     parts = []
     for begin in range(0, len(keys), batch_size):
@@ -101,7 +103,8 @@ def sample(
         denoiser = _denoiser(model, conditions, part, where)
         size = (len(keys[part]), *shape)
         parts.append(draw(denoiser, shape=size, seeds=keys[part], device=where, dtype=precision, **start))
-    return torch.cat(parts).clamp_(-1.0, 1.0)
+    # What an inverse method gives is noise, which has no bounds.
+    return torch.cat(parts).clamp_(-1.0, 1.0) if bounded else torch.cat(parts)
 
 
 def _table(model: Model, method: str, steps: int | None, options: dict[str, Any]) -> samplers.StepTable:

@@ -1,13 +1,15 @@
-"""Dynamic thresholding and Langevin steps in the loop: each sample's own numbers."""
+"""What depends on a sample's own numbers, in the loop: dynamic thresholds, Langevin steps, learned variances."""
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers_peer import CLASSES, SCHEDULES, relative, schedule_of, table_for
+from interpret import solve
 
 import fastdiff
 from fastdiff import ops, samplers, schedules
+from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL, STREAM_STEP, seed_tensor
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import make_row, make_table
@@ -83,3 +85,69 @@ def test_a_langevin_row():
 
     step = 2.0 * (0.16 * norm(z) / norm(score)) ** 2
     np.testing.assert_allclose(found, x + step * score + np.sqrt(2.0 * step) * z, rtol=1e-4, atol=1e-5)
+
+
+def calm(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Data predictions that do not multiply what rounding leaves."""
+    return 0.8 * torch.sin(0.7 * x + 0.001 * t.reshape(-1, 1, 1, 1))
+
+
+def assert_agrees(network, table: samplers.StepTable, expected: np.ndarray, **options) -> None:
+    """Within 1e-5 in float32, or twice plain PyTorch's error where the method multiplies what rounding leaves."""
+
+    def error() -> float:
+        found = fastdiff.run(network, table, shape=SHAPE, seeds=SEEDS, **options).double().numpy()
+        return float(np.linalg.norm(found - expected))
+
+    with fastdiff.use_backend("reference"):
+        plain = error()
+    assert error() < max(1e-5 * np.linalg.norm(expected), 2.0 * plain)
+    assert plain < 1e-4 * np.linalg.norm(expected)
+
+
+def noise_of(row: int) -> np.ndarray:
+    return ops.philox_normal(seed_tensor(SEEDS), SHAPE, step=row, stream=STREAM_STEP).double().numpy()
+
+
+def in_float64(network, table: samplers.StepTable) -> np.ndarray:
+    start = table.init_scale * ops.philox_normal(seed_tensor(SEEDS), SHAPE, stream=STREAM_INITIAL).double().numpy()
+
+    def numpy_network(x, t):
+        outputs = network(torch.from_numpy(x), torch.full((3,), t, dtype=torch.float64)).numpy()
+        return np.split(outputs, 2, axis=1) if table.learned_variance else outputs
+
+    return solve(numpy_network, table, start, noise_of)
+
+
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "euler_maruyama", "ancestral", "none"])
+def test_correctors_of_the_reverse_sde(predictor):
+    options = {"predictor": predictor, "corrector_steps": 2, "snr": 0.1, "prediction": "sample"}
+    table = samplers.build("reverse_sde", schedule=schedules.vp_sde(1000), steps=5, **options)
+    assert (table.snr > 0.0).any()
+    assert_agrees(calm, table, in_float64(calm, table))
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("variance", ["learned_range", "learned"])
+def test_learned_variances(variance, guidance):
+    """The network's second half says how much noise each element gets; of guided outputs the conditional one's."""
+    table = samplers.build("ddpm", schedule=schedules.linear(1000), steps=6, variance=variance, prediction="sample")
+
+    def learned(x, t):
+        offset = -8.0 if variance == "learned" else 0.0
+        return torch.cat([calm(x, t), offset + 0.9 * torch.cos(3.0 * x)], dim=1)
+
+    def both(x, t):
+        uncond, cond = x.chunk(2)
+        return torch.cat([0.5 * learned(uncond, t[:3]), learned(cond, t[:3])])
+
+    def combined(x, t):
+        m, v = learned(x, t).chunk(2, dim=1)
+        return torch.cat([0.5 * m + guidance * (m - 0.5 * m), v], dim=1)
+
+    assert table.learned_variance
+    expected = in_float64(learned if guidance is None else combined, table)
+    network = learned if guidance is None else both
+    assert_agrees(network, table, expected, guidance=guidance)
+    with pytest.raises(InputError, match=r"denoiser: expected an output of shape \(3, 4, 9, 7\)"):
+        fastdiff.run(denoiser, table, shape=SHAPE, seeds=SEEDS)
