@@ -58,6 +58,9 @@ def dpm_solver_sde(
 
     eta = 0 is `dpm_solver`; eta = 1 is the reverse SDE. The step to sigma' = 0 is DDIM's and adds no noise. Where
     a step starts without signal there is no finite step: InputError.
+
+    In epsilon the steps at large noise multiply what came before, so that it wants 50 steps or more where `dpmpp_2m_sde`
+    wants 20; even timesteps on the cosine schedule give noise alone, hence the Karras grid.
     """
     choice("dpm_solver_sde", "solver", solver, SOLVERS)
     order = whole("dpm_solver_sde", "order", order, 1, 2)
@@ -113,4 +116,5 @@ DPM_SOLVER_SDE = MethodInfo(
     options={"order": 2, "eta": 1.0, "s_noise": 1.0, "solver": "midpoint", **LOWERED},
     diffusers=DIFFUSERS,
     rows=dpm_solver_sde,
+    grid={"spacing": "karras"},
 )
