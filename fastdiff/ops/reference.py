@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,13 +151,10 @@ def sampler_step(
     copies: int | None,
     model_input: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    index = row + (0 if counter is None else int(counter))
-    if not 0 <= index < len(table):
-        raise InputError(f"sampler_step: row + counter = {index} is outside the table's {len(table)} rows")
-    c = table[index].tolist()
+    c, index = row_of("sampler_step", table, row, counter)
     state = wide(x)
-    outputs, variance = _split_output(wide(model_output), x.shape)
-    m = _guided(outputs, c[GUIDANCE], weights)
+    outputs, variance = split_output(wide(model_output), x.shape)
+    m = guided(outputs, c[GUIDANCE], weights)
     bound, data_factor, noise_factor = (c[CLIP], 1.0, 1.0) if scales is None else _per_sample(scales, like=state)
 
     blocks = [NEW_X] + [NEW_HISTORY] * new_history + [NEW_ANCHOR] * new_anchor
@@ -209,7 +207,15 @@ def _present(value: Tensor | None, name: str, row: int) -> Tensor:
     return value
 
 
-def _split_output(output: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+def row_of(name: str, table: Tensor, row: int, counter: Tensor | None) -> tuple[list[Any], int]:
+    """The coefficients of row + counter, and that index; InputError of the operator `name` where there is none."""
+    index = row + (0 if counter is None else int(counter))
+    if not 0 <= index < len(table):
+        raise InputError(f"{name}: row + counter = {index} is outside the table's {len(table)} rows")
+    return table[index].tolist(), index
+
+
+def split_output(output: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """(G, N, C, ...): the groups of the batch; and the variance channels of the last one, (N, C, ...), or None."""
     groups = output.unflatten(0, (-1, shape[0]))
     if len(shape) < 2 or output.shape[1] == shape[1]:
@@ -218,17 +224,18 @@ def _split_output(output: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor 
     return means, variances[-1]
 
 
-def _guided(outputs: Tensor, guidance: float, weights: Tensor | None) -> Tensor:
+def guided(outputs: Tensor, guidance: float, weights: Tensor | None) -> Tensor:
     """w_0 * out_0 + sum over k of w_k * (out_k - out_0), with (1, guidance) for weights where none are given."""
     base = outputs[0]
     if weights is None:
         return base if len(outputs) == 1 else base + guidance * (outputs[1] - base)
-    factors = _per_sample(weights, like=base)
-    terms = (base, *(output - base for output in outputs[1:]))
-    return sum(
-        (torch.where(factor != 0.0, factor * term, 0.0) for factor, term in zip(factors, terms, strict=True)),
-        start=torch.zeros_like(base),
-    )
+    return weighted(weights, torch.cat([outputs[:1], outputs[1:] - base]))
+
+
+def weighted(weights: Tensor, terms: Tensor) -> Tensor:
+    """sum over k of weights[n, k] * terms[k, n]; a weight of zero counts whatever the term is."""
+    w = weights.t().to(terms.dtype).reshape(*terms.shape[:2], *(1,) * (terms.dim() - 2))
+    return torch.where(w != 0.0, w * terms, 0.0).sum(dim=0)
 
 
 def _per_sample(values: Tensor, *, like: Tensor) -> tuple[Tensor, ...]:
