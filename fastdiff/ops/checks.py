@@ -53,42 +53,59 @@ def sampler_step(
     seeds: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    name, shape, device = "sampler_step", x.shape, x.device
-    if x.dtype not in _FLOATS or model_output.dtype not in _FLOATS:
-        _floating(name, "x", x)
-        _floating(name, "model_output", model_output)
-    if x.dim() == 0 or x.numel() == 0:
-        raise InputError(f"{name}: x has shape {tuple(shape)}; expected (N, ...) with at least one element")
-    if weights is not None or model_output.shape != shape:
-        _step_groups(x, model_output, weights)
-    if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != ROW_SIZE or not table.is_contiguous():
-        raise InputError(
-            f"{name}: table is {table.dtype} of shape {tuple(table.shape)}; "
-            f"expected contiguous float32 (rows, {ROW_SIZE})"
-        )
-    if not 0 <= row < table.shape[0]:
-        raise InputError(f"{name}: row {row} is outside the table's {table.shape[0]} rows")
-    if model_output.device != device or table.device != device:
-        _same_device(name, x, model_output=model_output, table=table)
-    if len(history) > 3:
-        raise InputError(f"{name}: history has {len(history)} tensors; expected at most 3, newest first")
-    for value in history if anchor is None else (anchor, *history):
-        if value.shape != shape or value.device != device or not value.is_contiguous():
-            raise InputError(
-                f"{name}: anchor or history has shape {tuple(value.shape)} on {value.device}; "
-                f"expected contiguous {tuple(shape)} on {device}"
-            )
-        if value.dtype != torch.float32 and not value.dtype == x.dtype == torch.float64:
-            raise InputError(f"{name}: anchor or history is {value.dtype}; expected float32")
+    name = "sampler_step"
+    shape = prediction(name, x, model_output, table, row, counter, weights)
+    if history or anchor is not None:
+        device = x.device
+        if len(history) > 3:
+            raise InputError(f"{name}: history has {len(history)} tensors; expected at most 3, newest first")
+        for value in history if anchor is None else (anchor, *history):
+            if value.shape != shape or value.device != device or not value.is_contiguous():
+                raise InputError(
+                    f"{name}: anchor or history has shape {tuple(value.shape)} on {value.device}; "
+                    f"expected contiguous {tuple(shape)} on {device}"
+                )
+            if value.dtype != torch.float32 and not value.dtype == x.dtype == torch.float64:
+                raise InputError(f"{name}: anchor or history is {value.dtype}; expected float32")
     if noise is not None:
         _like_state("noise", noise, x)
     if seeds is not None:
         _seeds(name, seeds, shape[0])
         _same_device(name, x, seeds=seeds)
+
+
+def prediction(
+    name: str,
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    counter: Tensor | None,
+    weights: Tensor | None,
+) -> torch.Size:
+    """What a step and the operators before it make D of; gives x's shape, which takes time to ask for again."""
+    shape, columns = x.shape, table.shape
+    if x.dtype not in _FLOATS or model_output.dtype not in _FLOATS:
+        _floating(name, "x", x)
+        _floating(name, "model_output", model_output)
+    if not shape or x.numel() == 0:
+        raise InputError(f"{name}: x has shape {tuple(shape)}; expected (N, ...) with at least one element")
+    if weights is not None or model_output.shape != shape:
+        _groups(name, x, model_output, weights)
+    if table.dtype != torch.float32 or len(columns) != 2 or columns[1] != ROW_SIZE or not table.is_contiguous():
+        raise InputError(
+            f"{name}: table is {table.dtype} of shape {tuple(columns)}; expected contiguous float32 (rows, {ROW_SIZE})"
+        )
+    if not 0 <= row < columns[0]:
+        raise InputError(f"{name}: row {row} is outside the table's {columns[0]} rows")
+    device = x.device
+    if model_output.device != device or table.device != device:
+        _same_device(name, x, model_output=model_output, table=table)
     if counter is not None:
         if counter.dtype != torch.int64 or counter.numel() != 1:
             raise InputError(f"{name}: counter is {counter.dtype} of {counter.numel()} elements; expected int64 (1,)")
         _same_device(name, x, counter=counter)
+    return shape
 
 
 def sampler_step_options(
@@ -101,7 +118,8 @@ def sampler_step_options(
 ) -> None:
     """Those that most steps do without; called where there is one."""
     if scales is not None:
-        _rows_of_samples("scales", scales, x, 3, "bound, data factor, noise factor")
+        meaning = "bound, data factor, noise factor"
+        _rows_of_samples("sampler_step", "scales", scales, x, (x.shape[0], 3), meaning)
     if known is not None or mask is not None or known_noise is not None:
         _step_known(x, known, known_noise, mask)
     if copies is not None and copies < 1:
@@ -110,9 +128,9 @@ def sampler_step_options(
         )
 
 
-def _step_groups(x: Tensor, model_output: Tensor, weights: Tensor | None) -> None:
+def _groups(name: str, x: Tensor, model_output: Tensor, weights: Tensor | None) -> None:
     """The model output's shape where it is not simply x's: G groups of the batch, variance channels."""
-    name, shape, output = "sampler_step", x.shape, model_output.shape
+    shape, output = x.shape, model_output.shape
     fits = len(output) == len(shape) and output[0] % shape[0] == 0 and output[0] > 0
     if fits and len(shape) > 1:
         fits = output[2:] == shape[2:] and (output[1] == shape[1] or output[1] == 2 * shape[1])
@@ -124,12 +142,16 @@ def _step_groups(x: Tensor, model_output: Tensor, weights: Tensor | None) -> Non
         )
     groups = output[0] // shape[0]
     if weights is not None:
-        _rows_of_samples("weights", weights, x, groups, "one weight for each group of model_output")
+        group_weights(name, weights, x, (shape[0], groups))
     elif groups > 2:
         raise InputError(
             f"{name}: model_output has {groups} groups of {shape[0]} samples and there are no weights; "
             f"pass weights ({shape[0]}, {groups})"
         )
+
+
+def group_weights(name: str, weights: Tensor, like: Tensor, shape: tuple[int, int]) -> None:
+    _rows_of_samples(name, "weights", weights, like, shape, "one weight for each group of model_output")
 
 
 def _step_known(x: Tensor, known: Tensor | None, known_noise: Tensor | None, mask: Tensor | None) -> None:
@@ -159,15 +181,17 @@ def _like_state(argument: str, value: Tensor, x: Tensor) -> None:
     _same_device("sampler_step", x, **{argument: value})
 
 
-def _rows_of_samples(argument: str, value: Tensor, x: Tensor, columns: int, meaning: str) -> None:
-    """A contiguous float32 (N, columns) on x's device."""
-    name, expected = "sampler_step", (x.shape[0], columns)
-    if value.dtype != torch.float32 or value.shape != expected or not value.is_contiguous():
+def _rows_of_samples(
+    name: str, argument: str, value: Tensor, like: Tensor, shape: tuple[int, int], meaning: str
+) -> None:
+    """A contiguous float32 (N, K) on the device of `like`; or float64 where that is."""
+    fits = value.shape == shape and value.is_contiguous()
+    if not fits or (value.dtype != torch.float32 and not value.dtype == like.dtype == torch.float64):
         raise InputError(
             f"{name}: {argument} is {value.dtype} of shape {tuple(value.shape)}; "
-            f"expected contiguous float32 {expected}: {meaning}"
+            f"expected contiguous float32 {shape}: {meaning}"
         )
-    _same_device(name, x, **{argument: value})
+    _same_device(name, like, **{argument: value})
 
 
 def _word(name: str, argument: str, value: int) -> None:

@@ -242,7 +242,7 @@ def test_gradients_through_the_reference() -> None:
         ({"snr": 0.0}, r"snr is 0.0; expected a positive finite number"),
         ({"snr": math.inf}, r"snr is inf; expected a positive finite number"),
         ({"x": torch.tensor(1.0)}, r"x has shape \(\); expected \(N, ...\) with at least one element"),
-        ({"model_output": torch.zeros(6, 3)}, r"model_output has 3 groups .* expected weights, float32 \(N, 3\)"),
+        ({"model_output": torch.zeros(6, 3)}, r"model_output has 3 groups of 2 samples .* pass weights \(2, 3\)"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )

@@ -97,6 +97,13 @@ def truth_inputs(given: dict) -> dict:
     return wide | {"history": tuple(h.double() for h in given["history"]), "noise": normal(2, 3, 5, 7).double()}
 
 
+def test_float64_takes_its_scales_and_weights_in_float64_too() -> None:
+    """As `dynamic_threshold` and `guidance_weights` give them there."""
+    given = truth_inputs(extended(everything(), "weights", "scales", groups=3))
+    doubled = given | {name: given[name].double() for name in ("weights", "scales")}
+    assert torch.equal(step(REFERENCE, doubled).x, step(REFERENCE, given).x)
+
+
 def test_without_weights_the_row_guides() -> None:
     given = extended(everything(), groups=2)
     weighted = truth(given | {"weights": torch.tensor([[1.0, 2.5]] * 2)})
