@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import ops, samplers
+from fastdiff import samplers
 from fastdiff.engine.dpm_adaptive import dpm_adaptive
+from fastdiff.engine.guidance import finite
 from fastdiff.engine.network import AdaptiveStep, Callback, Network, too_tight
-from fastdiff.engine.run import DTYPES, Denoiser
+from fastdiff.engine.run import Denoiser
+from fastdiff.engine.start import batch_shape, state_or_noise
 from fastdiff.errors import InputError
-from fastdiff.noise import STREAM_INITIAL, seed_tensor
+from fastdiff.noise import seed_tensor
 from fastdiff.samplers.adaptive import ADAPTIVE, AdaptiveInfo
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.placement import LARGEST_SIGMA
@@ -101,16 +103,14 @@ def run_adaptive(
     chosen = _options(info, options)
     problem = _problem(schedule, prediction, clip, sigma_min, sigma_max)
     keys = seed_tensor(seeds, device)
-    _check(shape, len(keys), dtype, guidance, final_sigma)
+    full = batch_shape(shape, len(keys), dtype)
+    if guidance is not None:
+        finite("guidance", guidance)
+    if final_sigma not in ("zero", "schedule"):
+        raise InputError(f"final_sigma: expected zero or schedule, got {final_sigma!r}")
     first, last = problem.points(scaled=True)
     with torch.no_grad():
-        if x is None:
-            y = ops.philox_normal(keys, tuple(shape), stream=STREAM_INITIAL).mul_(first.init_scale)
-        elif x.shape == tuple(shape) and x.dtype == torch.float32 and x.device == keys.device:
-            y = x
-        else:
-            got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
-            raise InputError(f"x: expected float32 {tuple(shape)} on {keys.device}, got {got}; convert it")
+        y = state_or_noise(x, full, keys, first.init_scale)
         network = Network(denoiser, problem, dtype, guidance)
         end, accepted, rejected = _SOLVERS[method](network, y, first.ratio, last.ratio, keys, callback, **chosen)
         if final_sigma == "zero":
@@ -227,19 +227,3 @@ def _problem(
         raise InputError(f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
     ratios = np.array([high, low])
     return Problem(schedule, Grid(schedule.timestep_of(ratios), *schedule.from_ratio(ratios)), prediction, clip)
-
-
-def _check(shape: Sequence[int], samples: int, dtype: torch.dtype, guidance: float | None, final_sigma: str) -> None:
-    sizes = tuple(shape)
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise InputError(f"shape: expected the positive sizes of the batch (N, ...), got {sizes}")
-    if sizes[0] != samples:
-        raise InputError(f"seeds: expected {sizes[0]}, one per sample of shape {sizes}, got {samples}")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    if guidance is not None and (
-        isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance)
-    ):
-        raise InputError(f"guidance: expected a finite number or None, got {guidance!r}")
-    if final_sigma not in ("zero", "schedule"):
-        raise InputError(f"final_sigma: expected zero or schedule, got {final_sigma!r}")

@@ -46,13 +46,13 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for value in self.scales:
-            _finite("guidance", value)
-        _finite("classifier_scale", self.classifier_scale)
+            finite("guidance", value)
+        finite("classifier_scale", self.classifier_scale)
         if self.scale is None and self.classifier is None:
             raise InputError("guidance: expected a scale or a classifier, got neither; leave guidance out")
         if self.scale is not None and not self.scales:
             raise InputError("guidance: expected a number for each condition, got none; leave scale out")
-        _finite("rescale", self.rescale)
+        finite("rescale", self.rescale)
         if not 0.0 <= self.rescale <= 1.0:
             raise InputError(f"rescale: expected a number from 0 to 1, got {self.rescale!r}")
         if self.rescale and not self.scales:
@@ -77,7 +77,7 @@ class Guidance:
         return 1 + len(self.scales)
 
 
-def _finite(name: str, value: object) -> None:
+def finite(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{name}: expected a finite number or None, got {value!r}")
 

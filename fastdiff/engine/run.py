@@ -10,13 +10,12 @@ from tqdm import tqdm
 
 from fastdiff import ops
 from fastdiff.engine.guidance import Guidance, Guide
-from fastdiff.engine.start import Kept, begin, keep
+from fastdiff.engine.start import Kept, batch_shape, begin, keep
 from fastdiff.errors import InputError
 from fastdiff.noise import seed_tensor
 from fastdiff.samplers.table import StepTable
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LONG_RUN = 10
 """Model evaluations from which progress=None shows a bar."""
 
@@ -74,9 +73,12 @@ def run(
     Errors: InputError for arguments that do not fit each other or a model output of another shape.
     """
     keys = seed_tensor(seeds, device)
-    full = _batch_shape(shape, x, image, len(keys))
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if shape is None:
+        given = x if x is not None else image
+        if given is None:
+            raise InputError("shape: expected the sizes of the batch (N, ...), got None; pass shape, x or image")
+        shape = given.shape
+    full = batch_shape(shape, len(keys), dtype)
     if guidance is not None and not isinstance(guidance, Guidance):
         guidance = Guidance(scale=guidance)
     with torch.inference_mode():
@@ -166,20 +168,6 @@ def _check_output(output: object, given: torch.Size, table: StepTable) -> None:
     if not isinstance(output, Tensor) or output.shape != expected:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(f"denoiser: expected an output of shape {expected}, got {got}")
-
-
-def _batch_shape(shape: Sequence[int] | None, x: Tensor | None, image: Tensor | None, samples: int) -> tuple[int, ...]:
-    if shape is None:
-        given = x if x is not None else image
-        if given is None:
-            raise InputError("shape: expected the sizes of the batch (N, ...), got None; pass shape, x or image")
-        shape = given.shape
-    sizes = tuple(shape)
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise InputError(f"shape: expected the positive sizes of the batch (N, ...), got {sizes}")
-    if sizes[0] != samples:
-        raise InputError(f"seeds: expected {sizes[0]}, one per sample of shape {sizes}, got {samples}")
-    return sizes
 
 
 def _times(table: StepTable, device: torch.device) -> Tensor:

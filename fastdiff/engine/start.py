@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,20 @@ from fastdiff import ops
 from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL
 from fastdiff.samplers.table import StepTable
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def batch_shape(shape: Sequence[int], samples: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape; InputError where it is none of a batch of so many samples, or the dtype none that a network gets."""
+    sizes = tuple(shape)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise InputError(f"shape: expected the positive sizes of the batch (N, ...), got {sizes}")
+    if sizes[0] != samples:
+        raise InputError(f"seeds: expected {sizes[0]}, one per sample of shape {sizes}, got {samples}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -58,20 +73,23 @@ def _check(name: str, value: object, keys: Tensor) -> None:
         raise InputError(f"{name}: expected a tensor on {keys.device}, got one on {value.device}; move it")
 
 
+def state_or_noise(x: Tensor | None, shape: tuple[int, ...], keys: Tensor, scale: float) -> Tensor:
+    """x, checked, or the samples' noise times the scale."""
+    if x is None:
+        return ops.philox_normal(keys, shape, stream=STREAM_INITIAL).mul_(scale)
+    if x.shape != shape or x.dtype != torch.float32 or x.device != keys.device:
+        got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+        raise InputError(f"x: expected float32 {shape} on {keys.device}, got {got}; convert it")
+    return x
+
+
 def begin(x: Tensor | None, kept: Kept, table: StepTable, shape: tuple[int, ...], keys: Tensor) -> Tensor:
     """The first state: x itself, the noised image, or noise."""
     signal, noise = table.init_level
-    if x is not None:
-        if x.shape != shape or x.dtype != torch.float32 or x.device != keys.device:
-            got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
-            raise InputError(f"x: expected float32 {shape} on {keys.device}, got {got}; convert it")
-        return x
+    if x is not None or (kept.image is None and not table.inverse):
+        return state_or_noise(x, shape, keys, table.init_scale)
     if kept.image is None:
-        if table.inverse:
-            raise InputError(
-                f"image: expected one with {table.method}, which goes from an image to its noise; pass image"
-            )
-        return ops.philox_normal(keys, shape, stream=STREAM_INITIAL).mul_(table.init_scale)
+        raise InputError(f"image: expected one with {table.method}, which goes from an image to its noise; pass image")
     if table.inverse:
         return signal * kept.image
     alpha, sigma = (torch.full((len(keys),), value, device=keys.device) for value in (signal, noise))
@@ -79,5 +97,5 @@ def begin(x: Tensor | None, kept: Kept, table: StepTable, shape: tuple[int, ...]
     if kept.mask is None or table.grid.skipped > 0:
         return noised
     # Nothing of the image is to shine through where the sample is made.
-    made = ops.philox_normal(keys, shape, stream=STREAM_INITIAL).mul_(table.init_scale)
+    made = state_or_noise(None, shape, keys, table.init_scale)
     return torch.where(kept.mask == 0.0, noised, torch.lerp(noised, made, kept.mask))

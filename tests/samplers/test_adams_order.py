@@ -1,12 +1,10 @@
 """The orders of convergence of UniPC, DEIS and SA-Solver, and the distribution that SA-Solver leaves."""
 
-import math
-
-import numpy as np
 import pytest
 from convergence import STEPS, assert_order, assert_slopes, distance
 from stochastic import assert_distribution, assert_power
 
+from benchmarks.convergence import levels
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
 
@@ -52,24 +50,14 @@ HIGH_CASES = {
 
 @pytest.mark.parametrize("case", HIGH_CASES)
 def test_order_of_convergence_after_a_start_of_short_steps(case):
-    """The first steps have orders 1 and 2: steps of length h^2 and h^(4/3) keep their errors below h^4."""
     schedule, prediction, order, options = HIGH_CASES[case]
     errors = []
     for steps in STEPS:
-        given = {"sigmas": levels_after_a_short_start(schedule.kind, steps), "final_sigma": "last"}
+        given = {"sigmas": levels(schedule.kind, steps), "final_sigma": "last"}
         method = case.split("-")[0]
         table = samplers.build(method, schedule=schedule, prediction=prediction, **given, **NO_LOWER, **options)
         errors.append(distance(table, schedule))
     assert_slopes(order, errors)
-
-
-def levels_after_a_short_start(kind: str, steps: int) -> list[float]:
-    """Even in lambda but for the first three steps; sigma / alpha from 50 to 0.05, or a flow's t between."""
-    high, low = (3.0, -3.0) if kind == "flow" else (math.log(50.0), math.log(0.05))
-    h = (high - low) / steps
-    lengths = np.concatenate([[0.5 * h**2, 0.5 * h ** (4 / 3), 0.5 * h], np.full(steps - 3, h)])
-    ratios = np.exp(high - (high - low) * np.cumsum([0.0, *lengths]) / lengths.sum())
-    return (ratios / (1.0 + ratios) if kind == "flow" else ratios).tolist()
 
 
 NOISY = {
