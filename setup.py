@@ -19,6 +19,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 ROOT = Path(__file__).parent
 CPU_KERNELS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+BINDINGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
 CUDA_KERNELS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Neither changes a result; without them sqrt and comparisons keep loops from becoming vector code.
@@ -94,14 +95,12 @@ def extension():
     }
     if not with_cuda():
         flags = {"cxx": CXX_FLAGS}
-        return CppExtension(
-            "fastdiff._C", ["csrc/register.cpp"], define_macros=define, extra_compile_args=flags, **options
-        )
+        return CppExtension("fastdiff._C", BINDINGS, define_macros=define, extra_compile_args=flags, **options)
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return CUDAExtension(
         "fastdiff._C",
-        ["csrc/register.cpp", *CUDA_KERNELS],
+        [*BINDINGS, *CUDA_KERNELS],
         define_macros=[*define, ("FASTDIFF_CUDA", "1")],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
         **options,

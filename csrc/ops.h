@@ -1,4 +1,4 @@
-// Arguments of the kernels: raw pointers, sizes and strides. No torch here; csrc/register.cpp makes these from tensors.
+// Arguments of the kernels: raw pointers, sizes and strides. No torch here; csrc/register_*.cpp make these of tensors.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 """The compiled backends: C++ on the CPU, CUDA C++ on an NVIDIA GPU where it is written.
 
-`csrc/register.cpp` holds the other side. Arguments were checked by the public functions; here stands only what each
+`csrc/register_*.cpp` hold the other side. Arguments were checked by the public functions; here stands only what each
 kernel can take.
 """
 

@@ -1,0 +1,89 @@
+// Tensors in, raw pointers to the kernels, tensors out: the operators of networks. Arguments were checked in
+// fastdiff/ops.
+#include "tensors.h"
+
+namespace fastdiff {
+
+namespace {
+
+std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups, const OptionalTensor& weight,
+                                           const OptionalTensor& bias, double eps, bool silu,
+                                           const OptionalTensor& addend, const OptionalTensor& residual,
+                                           bool return_sum) {
+  const Tensor x = dense(input);
+  const auto layout = layout_of(x);
+  const Tensor y = at::empty(x.sizes(), x.options(), layout);
+  const Tensor sum = return_sum ? at::empty(x.sizes(), x.options(), layout) : at::empty({0}, x.options());
+  const OptionalTensor skip = residual ? OptionalTensor(residual->contiguous(layout)) : residual;
+
+  GroupNormArgs args{};
+  args.samples = x.size(0);
+  args.channels = x.size(1);
+  args.spatial = x.numel() / (x.size(0) * x.size(1));
+  args.groups = groups;
+  args.channels_last = channels_last(x);
+  args.silu = silu;
+  args.eps = static_cast<float>(eps);
+  args.x = array(x);
+  args.weight = array(weight);
+  args.bias = array(bias);
+  args.addend = array(addend);
+  args.residual = array(skip);
+  args.y = array(y);
+  if (return_sum) args.sum = array(sum);
+  args.threads = at::get_num_threads();
+
+#ifdef FASTDIFF_CUDA
+  if (x.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const Tensor workspace = at::empty({cuda::group_norm_silu_workspace(args)}, x.options().dtype(at::kByte));
+    check(cuda::group_norm_silu(args, c10::cuda::getCurrentCUDAStream().stream(), workspace.data_ptr()));
+    return {y, sum};
+  }
+#endif
+  ON_CPU(group_norm_silu, args);
+  return {y, sum};
+}
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale) {
+  const Tensor out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options());
+  AttentionArgs args{};
+  args.batch = q.size(0);
+  args.heads = q.size(1);
+  args.queries = q.size(2);
+  args.keys = k.size(2);
+  args.dim = q.size(3);
+  args.scale = static_cast<float>(scale);
+  args.q = array(q);
+  args.k = array(k);
+  args.v = array(v);
+  args.out = array(out);
+  for (int d = 0; d < 3; ++d) {
+    args.q_strides[d] = q.stride(d);
+    args.k_strides[d] = k.stride(d);
+    args.v_strides[d] = v.stride(d);
+  }
+  Tensor added;
+  if (mask) {
+    added = *mask;
+    if (added.scalar_type() == at::kBool) {
+      args.mask_bool = added.const_data_ptr<bool>();
+    } else {
+      if (added.scalar_type() == at::kDouble) added = added.to(at::kFloat);
+      args.mask = array(added);
+    }
+    for (int d = 0; d < 4; ++d) args.mask_strides[d] = added.stride(d);
+  }
+  args.threads = at::get_num_threads();
+  ON_CPU(attention, args);
+  return out.transpose(1, 2);
+}
+
+}  // namespace
+
+void register_network(py::module_& m) {
+  m.def("group_norm_silu", &group_norm_silu);
+  m.def("attention", &attention);
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,52 @@
+// Tensors in, raw pointers to the kernels, tensors out: noise. Arguments were checked in fastdiff/ops.
+#include "tensors.h"
+
+namespace fastdiff {
+
+namespace {
+
+NoiseArgs noise_args(const Tensor& out, const OptionalTensor& seeds, int64_t step, int64_t stream) {
+  NoiseArgs args{};
+  args.samples = out.size(0);
+  args.count = out.size(0) == 0 ? 0 : out.numel() / out.size(0);
+  args.inner = inner_of(out);
+  args.seeds = integers(seeds);
+  args.step = static_cast<uint32_t>(step);
+  args.stream = static_cast<uint32_t>(stream);
+  args.out = array(out);
+  args.threads = at::get_num_threads();
+  return args;
+}
+
+Tensor add_noise(const Tensor& x, const Tensor& alpha, const Tensor& sigma, const OptionalTensor& noise,
+                 const OptionalTensor& seeds, int64_t step, int64_t stream) {
+  const Tensor source = dense(x);
+  const Tensor out = at::empty(source.sizes(), source.options(), layout_of(source));
+  const OptionalTensor z = noise ? OptionalTensor(noise->contiguous(layout_of(source))) : noise;
+  NoiseArgs args = noise_args(out, seeds, step, stream);
+  args.x = array(source);
+  args.noise = array(z);
+  args.alpha = alpha.const_data_ptr<float>();
+  args.sigma = sigma.const_data_ptr<float>();
+  if (out.numel() == 0) return out;
+  LAUNCH(add_noise, x, args) ON_CPU(add_noise, args);
+  return out;
+}
+
+Tensor philox_normal(const Tensor& seeds, const std::vector<int64_t>& shape, int64_t step, int64_t stream,
+                     at::ScalarType dtype) {
+  const Tensor out = at::empty(shape, seeds.options().dtype(dtype));
+  const NoiseArgs args = noise_args(out, seeds, step, stream);
+  if (out.numel() == 0) return out;
+  LAUNCH(philox_normal, seeds, args) ON_CPU(philox_normal, args);
+  return out;
+}
+
+}  // namespace
+
+void register_noise(py::module_& m) {
+  m.def("add_noise", &add_noise);
+  m.def("philox_normal", &philox_normal);
+}
+
+}  // namespace fastdiff
