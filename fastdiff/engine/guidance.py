@@ -57,6 +57,10 @@ class Guidance:
             raise InputError(f"rescale: expected a number from 0 to 1, got {self.rescale!r}")
         if self.rescale and not self.scales:
             raise InputError("rescale: expected 0 without a scale, since there is no condition to compare with")
+        if not isinstance(self.perpendicular, bool):
+            raise InputError(f"perpendicular: expected True or False, got {self.perpendicular!r}")
+        if self.classifier is not None and not callable(self.classifier):
+            raise InputError(f"classifier: expected a function (x, t) -> log p(y | x), got {self.classifier!r}")
         if self.perpendicular and len(self.scales) < 2:
             raise InputError(
                 f"perpendicular: expected scales of at least two conditions, got {self.scale!r}; pass scale=(7, -4)"
@@ -86,7 +90,8 @@ def _check_interval(interval: tuple[float, float]) -> None:
     if not isinstance(interval, tuple | list) or len(interval) != 2:
         raise InputError(f"interval: expected (low, high) in sigma / alpha, got {interval!r}")
     low, high = interval
-    if not (isinstance(low, int | float) and isinstance(high, int | float) and 0.0 <= low < high):
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in interval)
+    if not (numbers and 0.0 <= low < high):
         raise InputError(f"interval: expected 0 <= low < high in sigma / alpha, got {interval!r}")
 
 

@@ -72,11 +72,14 @@ def run(
 
     Errors: InputError for arguments that do not fit each other or a model output of another shape.
     """
+    _check_callables(denoiser, callback)
+    if not isinstance(table, StepTable):
+        raise InputError(f"table: expected what fastdiff.samplers.build gives, got {table!r}")
     keys = seed_tensor(seeds, device)
     if shape is None:
         given = x if x is not None else image
-        if given is None:
-            raise InputError("shape: expected the sizes of the batch (N, ...), got None; pass shape, x or image")
+        if not isinstance(given, Tensor):
+            raise InputError("shape: expected the sizes of the batch (N, ...), got None; pass shape, x or image, a tensor")
         shape = given.shape
     full = batch_shape(shape, len(keys), dtype)
     if guidance is not None and not isinstance(guidance, Guidance):
@@ -161,6 +164,13 @@ def _scales(
             x, output, coefficients, row, percentile=percentile, maximum=maximum, weights=weights
         )
     return None
+
+
+def _check_callables(denoiser: object, callback: object) -> None:
+    if not callable(denoiser):
+        raise InputError(f"denoiser: expected a function (x, t) -> m, got {denoiser!r}")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback: expected a function of a StepInfo or None, got {callback!r}")
 
 
 def _check_output(output: object, given: torch.Size, table: StepTable) -> None:

@@ -142,7 +142,7 @@ def _guidance(guidance: float | Guidance) -> Guidance | None:
     """None where the plain conditional model is asked for."""
     if isinstance(guidance, Guidance):
         return guidance
-    return None if guidance == 1.0 else Guidance(scale=guidance)
+    return None if guidance == 1.0 and not isinstance(guidance, bool) else Guidance(scale=guidance)
 
 
 def _repeated(name: str, value: Tensor | None, samples: int, device: torch.device) -> Tensor | None:

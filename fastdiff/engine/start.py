@@ -58,6 +58,8 @@ def keep(image: Tensor | None, mask: Tensor | None, table: StepTable, shape: tup
 def _mask(mask: Tensor, shape: tuple[int, ...], keys: Tensor) -> Tensor:
     """float32 (1 or N, 1 or C, *spatial)."""
     _check("mask", mask, keys)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(f"mask: expected bool or floating, 1 where the sample is made, got {mask.dtype}; convert it")
     missing = len(shape) - mask.dim()
     full = (1,) * missing + tuple(mask.shape)
     if missing < 0 or any(have not in (1, want) for have, want in zip(full, shape, strict=True)):
@@ -77,9 +79,9 @@ def state_or_noise(x: Tensor | None, shape: tuple[int, ...], keys: Tensor, scale
     """x, checked, or the samples' noise times the scale."""
     if x is None:
         return ops.philox_normal(keys, shape, stream=STREAM_INITIAL).mul_(scale)
-    if x.shape != shape or x.dtype != torch.float32 or x.device != keys.device:
-        got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
-        raise InputError(f"x: expected float32 {shape} on {keys.device}, got {got}; convert it")
+    _check("x", x, keys)
+    if x.shape != shape or x.dtype != torch.float32:
+        raise InputError(f"x: expected float32 {shape}, got {x.dtype} {tuple(x.shape)}; convert it")
     return x
 
 

@@ -164,6 +164,8 @@ def _check_kind(info: MethodInfo, schedule: Schedule) -> None:
 
 def _threshold(percentile: float | None, maximum: float, clip: float | None) -> Threshold | None:
     if percentile is None:
+        if maximum != math.inf:
+            raise InputError(f"dynamic_maximum: expected dynamic_threshold with it, got {maximum!r} alone")
         return None
     if isinstance(percentile, bool) or not isinstance(percentile, int | float) or not 0.0 < percentile <= 1.0:
         raise InputError(f"dynamic_threshold: expected a fraction above 0 and up to 1, got {percentile!r}")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from fastdiff.samplers.problem import Point, Problem
-from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
+from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, flag, fraction, make_row, make_table
 from fastdiff.samplers.terms import ddim_step, epsilon, total
 
 PREVIOUS = ("grid", "stride")
@@ -25,6 +25,7 @@ def ddim(
                         diffusers, which misses the next point with any spacing but "leading".
     """
     eta = fraction("ddim", "eta", eta)
+    flag("ddim", "clipped_epsilon", clipped_epsilon)
     choice("ddim", "previous_timestep", previous_timestep, PREVIOUS)
     return make_table("ddim", problem, _rows(problem, eta, clipped_epsilon, previous_timestep == "stride"))
 
@@ -64,6 +65,7 @@ def ddim_inverse(
     previous_timestep   "stride": a step to t' starts from the level of t' - T // steps, as in diffusers
     """
     choice("ddim_inverse", "told", told, TOLD)
+    flag("ddim_inverse", "clipped_epsilon", clipped_epsilon)
     choice("ddim_inverse", "previous_timestep", previous_timestep, PREVIOUS)
     rows = _inverse_rows(problem, told == "end", clipped_epsilon, previous_timestep == "stride")
     return make_table("ddim_inverse", problem, rows)

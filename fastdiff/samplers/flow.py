@@ -10,7 +10,7 @@ from itertools import pairwise
 from fastdiff.errors import InputError
 from fastdiff.parameterization import Linear
 from fastdiff.samplers.problem import Point, Problem
-from fastdiff.samplers.table import Coefficients, MethodInfo, Row, StepTable, make_row, make_table
+from fastdiff.samplers.table import Coefficients, MethodInfo, Row, StepTable, flag, make_row, make_table
 
 
 def flow_euler(problem: Problem, *, stochastic: bool = False, inverted: bool = False) -> StepTable:
@@ -21,6 +21,8 @@ def flow_euler(problem: Problem, *, stochastic: bool = False, inverted: bool = F
     inverted    for networks that were trained with time running from 0 at the noise to 1 at the data (Mochi): they are
                 called with steps * (1 - t) and give -u.
     """
+    flag("flow_euler", "stochastic", stochastic)
+    flag("flow_euler", "inverted", inverted)
     if inverted and problem.prediction != "flow":
         raise InputError(f"flow_euler: inverted: needs the prediction 'flow', got {problem.prediction!r}; leave it out")
     return make_table("flow_euler", problem, _euler_rows(problem, stochastic, inverted))

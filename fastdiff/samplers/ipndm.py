@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from fastdiff.samplers.problem import Point, Problem
-from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, make_row, make_table, whole
+from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, flag, make_row, make_table, whole
 from fastdiff.samplers.terms import ADAMS_BASHFORTH, epsilon, lagrange_weights, multistep
 
 WEIGHTS = ("exact", "published")
@@ -29,6 +29,8 @@ def ipndm(problem: Problem, *, order: int = 4, lower_order_final: bool = True, f
         return ADAMS_BASHFORTH[len(points) - 1]
 
     whole("ipndm", "order", order, 1, 4)
+    flag("ipndm", "lower_order_final", lower_order_final)
+    flag("ipndm", "first_data", first_data)
     return make_table("ipndm", problem, _rows(problem, order, lower_order_final, weights, first_data))
 
 
@@ -42,6 +44,7 @@ def ipndm_v(problem: Problem, *, order: int = 4, lower_order_final: bool = True,
     order, lower_order_final   those of `ipndm`; the error of the first step, h^2, remains in the end, as for `lms`
     """
     whole("ipndm_v", "order", order, 1, 4)
+    flag("ipndm_v", "lower_order_final", lower_order_final)
     made: _Weights = _exact if choice("ipndm_v", "weights", weights, WEIGHTS) == "exact" else _published
     return make_table("ipndm_v", problem, _rows(problem, order, lower_order_final, made, True))
 

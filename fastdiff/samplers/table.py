@@ -244,3 +244,17 @@ def fraction(method: str, name: str, value: Any, high: float = 1.0) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= high:
         raise InputError(f"{method}: {name}: expected a number from 0 to {high:g}, got {value!r}")
     return float(value)
+
+
+def flag(method: str, name: str, value: Any) -> bool:
+    """`value` if it is True or False; InputError otherwise."""
+    if not isinstance(value, bool):
+        raise InputError(f"{method}: {name}: expected True or False, got {value!r}")
+    return value
+
+
+def automatic_flag(method: str, name: str, value: Any) -> bool | None:
+    """`value` if it is True, False or None; InputError otherwise."""
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{method}: {name}: expected True, False or None, got {value!r}")
+    return value
