@@ -54,6 +54,11 @@ def test_strength_is_how_much_is_new(capsys, checkpoint, tmp_path, picture):  # 
     assert np.array_equal(default, same)
 
 
+def test_the_steps_that_strength_leaves_out_are_not_counted(capsys, checkpoint, tmp_path, picture):  # noqa: F811
+    given = ["--image", picture, "--strength", 0.5, "--steps", 4, "--count", 1, "--out", tmp_path / "a.png"]
+    assert ", 2 steps of dpmpp_2m, " in run(capsys, "sample", "--model", checkpoint, *given)[1]
+
+
 def test_rescale(capsys, checkpoint, tmp_path):  # noqa: F811
     plain = draw(capsys, checkpoint, tmp_path / "a.npz", "--guidance", 3)
     rescaled = draw(capsys, checkpoint, tmp_path / "a.npz", "--guidance", 3, "--rescale", 1)

@@ -17,7 +17,8 @@ ORDER         how fast the error falls: with twice the steps an order-2 method i
 CALLS         how often the network is called in each step
 NOISE         whether a step adds noise of its own
 HISTORY       how many earlier predictions of the network a step reads
-OPTIONS       pass them to 'fastdiff sample' or 'fastdiff plan' as --option NAME=VALUE
+OPTIONS       pass them to 'fastdiff sample' or 'fastdiff plan' as --option NAME=VALUE; automatic, which is the value
+              null, leaves it to the method (s_tmax: no bound)
 
 examples:
   fastdiff methods

@@ -103,7 +103,7 @@ def described(table: StepTable, schedule: Schedule) -> dict[str, Any]:
 def page(table: StepTable, schedule: Schedule) -> str:
     """The table as a page of text: columns that are zero in every row are left out."""
     columns = [("", "ROW", [str(index) for index in range(len(table))])]
-    columns.append(("", "T", [f"{t:.6g}" for t in table.timesteps.tolist()]))
+    columns.append(("", "T", [f"{round(t, 9):.6g}" for t in table.timesteps.tolist()]))
     ratios = [noise / signal if signal else math.inf for signal, noise in table.levels.tolist()]
     columns.append(("", "SIGMA/ALPHA", [_number(ratio) for ratio in ratios]))
     for name, (title, where, names) in BLOCKS.items():

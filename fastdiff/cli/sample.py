@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastdiff
-from fastdiff import config
+from fastdiff import config, samplers
 from fastdiff.cli import images, options, output
 from fastdiff.engine.sample import STEPS
 from fastdiff.errors import InputError
@@ -30,7 +31,7 @@ examples:
   fastdiff sample --method ddim --steps 50 --label 3 --guidance 2 --seed 0 --count 16 --out grid.png
   fastdiff sample --label trouser bag --count 8 --out two-classes.png
   fastdiff sample --model my-model.safetensors --label none --count 1000 --out images.npz
-  fastdiff sample --image boot.png --strength 0.5 --label bag --out bags-like-that-boot.png
+  fastdiff sample --image boot.png --strength 0.8 --guidance 3 --label bag --out bags-like-that-boot.png
   fastdiff sample --image shirt.png --mask sleeves.png --label shirt --out other-sleeves.png
   fastdiff sample --method euler_ancestral --option eta=0.5 --json --out grid.png
 
@@ -146,7 +147,7 @@ def main(arguments: argparse.Namespace) -> int:
         seconds = time.perf_counter() - started
     columns = arguments.columns or output.columns_for(arguments.count)
     output.write(path, drawn.numpy(), columns=columns, labels=labels, seeds=seeds)
-    _print_result(arguments, path, device, labels, seconds)
+    _print_result(arguments, path, device, labels, seconds, _steps_taken(arguments, model, chosen))
     return 0
 
 
@@ -156,7 +157,7 @@ def _guidance(arguments: argparse.Namespace) -> float | fastdiff.Guidance:
     return fastdiff.Guidance(scale=arguments.guidance, rescale=arguments.rescale)
 
 
-def _add_strength(chosen: dict[str, object], arguments: argparse.Namespace) -> None:
+def _add_strength(chosen: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.strength is not None:
         if arguments.image is None:
             raise InputError("strength: expected --image with it, the picture that is changed")
@@ -166,11 +167,14 @@ def _add_strength(chosen: dict[str, object], arguments: argparse.Namespace) -> N
 
 
 def _print_result(
-    arguments: argparse.Namespace, path: Path, device: torch.device, labels: Sequence[int] | None, seconds: float
+    arguments: argparse.Namespace,
+    path: Path,
+    device: torch.device,
+    labels: Sequence[int] | None,
+    seconds: float,
+    steps: int | None,
 ) -> None:
-    # Unknown where the method or the caller's points say how many there are.
-    steps = None if arguments.steps is None else arguments.steps * math.ceil(arguments.count / arguments.batch_size)
-    speed = None if steps is None else steps / seconds
+    speed = None if steps is None else steps * math.ceil(arguments.count / arguments.batch_size) / seconds
     if arguments.json:
         names = ("model", "method", "steps", "guidance", "dtype", "backend", "seed")
         result = {
@@ -187,9 +191,18 @@ def _print_result(
         }
         print(json.dumps(result))
         return
-    how = arguments.method if speed is None else f"{arguments.steps} steps of {arguments.method}, "
+    how = arguments.method if speed is None else f"{steps} steps of {arguments.method}, "
     rate = "" if speed is None else f"{speed:.2f} steps per second"
     print(f"{path}: {arguments.count} images in {seconds:.2f} s, {how}{rate} ({device}, {arguments.dtype})")
+
+
+def _steps_taken(arguments: argparse.Namespace, model: Model, chosen: dict[str, Any]) -> int | None:
+    """How many steps each image took, of which `strength` leaves some out; None where the method or the caller's
+    points say how many there are."""
+    if arguments.steps is None or arguments.method in ADAPTIVE:
+        return None
+    given: dict[str, Any] = {"schedule": model.schedule, "prediction": model.prediction, **chosen}
+    return samplers.build(arguments.method, steps=arguments.steps, **given).steps
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

@@ -75,11 +75,11 @@ def run(
     _check_callables(denoiser, callback)
     if not isinstance(table, StepTable):
         raise InputError(f"table: expected what fastdiff.samplers.build gives, got {table!r}")
-    keys = seed_tensor(seeds, device)
+    keys = seed_tensor(seeds, device_of(device))
     if shape is None:
         given = x if x is not None else image
         if not isinstance(given, Tensor):
-            raise InputError("shape: expected the sizes of the batch (N, ...), got None; pass shape, x or image, a tensor")
+            raise InputError("shape: expected the sizes of the batch (N, ...), got None; pass shape, x or image")
         shape = given.shape
     full = batch_shape(shape, len(keys), dtype)
     if guidance is not None and not isinstance(guidance, Guidance):
@@ -164,6 +164,14 @@ def _scales(
             x, output, coefficients, row, percentile=percentile, maximum=maximum, weights=weights
         )
     return None
+
+
+def device_of(name: torch.device | str) -> torch.device:
+    """The device of that name; InputError if PyTorch knows none."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device: expected a device or its name, such as cpu or cuda, got {name!r}") from None
 
 
 def _check_callables(denoiser: object, callback: object) -> None:

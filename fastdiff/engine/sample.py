@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdiff import samplers
 from fastdiff.engine.adaptive import run_adaptive
 from fastdiff.engine.guidance import Guidance
-from fastdiff.engine.run import Denoiser, StepInfo, run
+from fastdiff.engine.run import Denoiser, StepInfo, device_of, run
 from fastdiff.errors import InputError
 from fastdiff.noise import integers, seed_tensor
 from fastdiff.schedules import Schedule
@@ -216,7 +216,7 @@ def _placement(
     network: Any, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     parameter = next(network.parameters())
-    wanted = parameter.device if device is None else torch.device(device)
+    wanted = parameter.device if device is None else device_of(device)
     if wanted.type != parameter.device.type or wanted.index not in (None, parameter.device.index):
         raise InputError(f"device: the network is on {parameter.device}, got {wanted}; move the network there first")
     if dtype not in (None, parameter.dtype):

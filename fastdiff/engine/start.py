@@ -18,9 +18,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def batch_shape(shape: Sequence[int], samples: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The shape; InputError where it is none of a batch of so many samples, or the dtype none that a network gets."""
-    sizes = tuple(shape)
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise InputError(f"shape: expected the positive sizes of the batch (N, ...), got {sizes}")
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise InputError(f"shape: expected the positive sizes of the batch (N, ...), got {shape!r}")
     if sizes[0] != samples:
         raise InputError(f"seeds: expected {sizes[0]}, one per sample of shape {sizes}, got {samples}")
     if dtype not in DTYPES:

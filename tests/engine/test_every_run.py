@@ -75,3 +75,22 @@ def test_an_inverse_method_starts_from_the_image_itself(method):
         fastdiff.run(denoiser, steps, shape=SHAPE, seeds=SEEDS)
     with pytest.raises(InputError, match=r"mask: expected None with .*, which goes from a whole image"):
         fastdiff.run(denoiser, steps, seeds=SEEDS, image=IMAGE, mask=MASK)
+
+
+@pytest.mark.parametrize("method", FROM_NOISE)
+def test_the_network_sees_the_kept_part_at_the_level_it_is_told(method):
+    """alpha(t) image + sigma(t) noise at every call, midpoints too, whatever space the method's state is in."""
+    kinds = samplers.methods()[method].kinds or ("vp",)
+    kind = "vp" if "vp" in kinds else kinds[0]
+    schedule, seen = SCHEDULES[kind], []
+
+    def remember(x, t):
+        seen.append((x, t.double().numpy()))
+        return denoiser(x, t)
+
+    fastdiff.run(remember, table(method, strength=0.7), seeds=SEEDS, image=IMAGE, mask=MASK)
+    drawn = ops.philox_normal(seed_tensor(SEEDS), SHAPE, stream=STREAM_INITIAL)
+    for x, t in seen:
+        alpha, sigma = (torch.from_numpy(value).float().reshape(-1, 1, 1, 1) for value in schedule.at(t))
+        expected = alpha * IMAGE + sigma * drawn
+        torch.testing.assert_close(x[..., :3], expected[..., :3], rtol=1e-4, atol=1e-4)

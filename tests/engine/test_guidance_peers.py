@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers_peer import IN_FLOAT64, network, relative, schedule_of, scheduler_for, table_for
 
 import fastdiff
