@@ -32,7 +32,7 @@ class Linear:
 
 def check(prediction: str, schedule: Schedule) -> None:
     """InputError unless a network trained on this schedule can make this prediction."""
-    if prediction not in SCHEDULE_KINDS:
+    if not isinstance(prediction, str) or prediction not in SCHEDULE_KINDS:
         near = difflib.get_close_matches(str(prediction), PREDICTIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}{hint}")

@@ -120,7 +120,7 @@ def run_adaptive(
 
 def find(method: str) -> AdaptiveInfo:
     """The adaptive method of that name; InputError if there is none."""
-    if method not in ADAPTIVE:
+    if not isinstance(method, str) or method not in ADAPTIVE:
         raise InputError(
             f"method: expected one of {', '.join(ADAPTIVE)}, got {method!r}; methods with a fixed number of steps go "
             "through fastdiff.samplers.build and fastdiff.run"

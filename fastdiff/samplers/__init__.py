@@ -90,9 +90,9 @@ def methods() -> Mapping[str, MethodInfo]:
 
 def find(method: str) -> MethodInfo:
     """The method of that name; InputError with near names if there is none."""
-    if method in _METHODS:
+    if isinstance(method, str) and method in _METHODS:
         return _METHODS[method]
-    if method in ADAPTIVE:
+    if isinstance(method, str) and method in ADAPTIVE:
         raise InputError(f"method: {method!r} chooses its own steps and has no table; use fastdiff.run_adaptive")
     near = difflib.get_close_matches(str(method).lower().replace("-", "_"), [*_METHODS, *ADAPTIVE], n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(_METHODS)}"

@@ -2,7 +2,7 @@
 
 from fastdiff.samplers.adams import Orders, adams_rows
 from fastdiff.samplers.problem import Problem
-from fastdiff.samplers.table import MethodInfo, StepTable, make_table, whole
+from fastdiff.samplers.table import MethodInfo, StepTable, automatic_flag, make_table, whole
 
 
 def deis(problem: Problem, *, order: int = 2, lower_order_final: bool | None = None) -> StepTable:
@@ -18,6 +18,7 @@ def deis(problem: Problem, *, order: int = 2, lower_order_final: bool | None = N
     A step to sigma' = 0 is of order 1. diffusers: orders 1 to 3, and the last step ends at the schedule's own end.
     """
     whole("deis", "order", order, 1, 4)
+    automatic_flag("deis", "lower_order_final", lower_order_final)
     steps = problem.grid.steps
     lower = steps + problem.grid.skipped < 15 if lower_order_final is None else lower_order_final
     orders = [Orders(min(order, i + 1, steps - i if lower else order)) for i in range(steps)]

@@ -5,14 +5,14 @@ Lu et al. 2022, "DPM-Solver", algorithms 1 and 2 and section 3.4; Lu et al. 2022
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from fastdiff.errors import InputError
 from fastdiff.samplers.exponential import SOLVERS, Data, Form, Noise
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.singlestep import Aim, Block, block_between, block_of, block_rows
-from fastdiff.samplers.table import MethodInfo, StepTable, choice, fraction, make_table, whole
+from fastdiff.samplers.table import MethodInfo, StepTable, choice, flag, fraction, make_table, whole
 
 POINTS = ("between", "grid")
 DEFAULT_NODES: dict[int, tuple[float, ...]] = {1: (), 2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}
@@ -66,7 +66,8 @@ def _singlestep(
     order = whole(method, "order", order, 1, 3)
     choice(method, "solver", solver, SOLVERS)
     choice(method, "points", points, POINTS)
-    nodes = inner_nodes(method, order, points, r1, r2)
+    flag(method, "lower_order_final", lower_order_final)
+    nodes = inner_nodes(method, order, points, r1=r1, r2=r2)
     grid = problem.points()
     aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0), floor=grid[-1].ratio)
     orders = [order] * problem.grid.steps
@@ -82,16 +83,21 @@ def _singlestep(
     return make_table(method, problem, (row for block in blocks for row in block_rows(problem, block, form)))
 
 
-def inner_nodes(
-    method: str, order: int, points: str, r1: float | None = None, r2: float | None = None
-) -> dict[int, tuple[float, ...]]:
-    """Where the inner points of a block lie, in units of its length in lambda, for each order."""
-    given = (r1, r2)
-    if any(r is not None for r in given[0 if points == "grid" else order - 1 :]):
-        raise InputError(f"{method}: r1, r2: order {order} with points={points!r} has no use for them; leave them out")
-    nodes = tuple(default if r is None else float(r) for r, default in zip(given, DEFAULT_NODES[order], strict=False))
+def inner_nodes(method: str, order: int, points: str, **given: Any) -> dict[int, tuple[float, ...]]:
+    """Where the inner points of a block lie, in units of its length in lambda, for each order.
+
+    given   the first and the second for `order`, under the names of the method's options; None: the default
+    """
+    names, got = ", ".join(given), " and ".join(map(repr, given.values()))
+    numbers = [None if r is None else fraction(method, name, r) for name, r in given.items()]
+    if any(r is not None for r in numbers[0 if points == "grid" else order - 1 :]):
+        raise InputError(
+            f"{method}: {names}: order {order} with points={points!r} has no use for them; leave them out, got {got}"
+        )
+    defaults = DEFAULT_NODES[order]
+    nodes = tuple(default if r is None else r for r, default in zip_longest(numbers[: len(defaults)], defaults))
     if not all(lower < upper for lower, upper in pairwise((0.0, *nodes, 1.0))):
-        raise InputError(f"{method}: r1, r2: expected rising numbers between 0 and 1, got {r1!r} and {r2!r}")
+        raise InputError(f"{method}: {names}: expected rising numbers between 0 and 1, got {got}")
     return {**DEFAULT_NODES, order: nodes}
 
 

@@ -40,7 +40,7 @@ def dpm_solver(
     choice("dpm_solver", "solver", solver, SOLVERS)
     choice("dpm_solver", "curvature", curvature, CURVATURES)
     order = whole("dpm_solver", "order", order, 1, 3)
-    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    steps = plan("dpm_solver", problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     return make_table("dpm_solver", problem, _rows(problem, steps, 0.0, 0.0, solver, curvature))
 
 
@@ -59,14 +59,14 @@ def dpm_solver_sde(
     eta = 0 is `dpm_solver`; eta = 1 is the reverse SDE. The step to sigma' = 0 is DDIM's and adds no noise. Where
     a step starts without signal there is no finite step: InputError.
 
-    In epsilon the steps at large noise multiply what came before, so that it wants 50 steps or more where `dpmpp_2m_sde`
-    wants 20; even timesteps on the cosine schedule give noise alone, hence the Karras grid.
+    In epsilon the steps at large noise multiply what came before, so that it wants 50 steps or more where
+    `dpmpp_2m_sde` wants 20; even timesteps on the cosine schedule give noise alone, hence the Karras grid.
     """
     choice("dpm_solver_sde", "solver", solver, SOLVERS)
     order = whole("dpm_solver_sde", "order", order, 1, 2)
     eta = fraction("dpm_solver_sde", "eta", eta)
     s_noise = fraction("dpm_solver_sde", "s_noise", s_noise, high=10.0)
-    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    steps = plan("dpm_solver_sde", problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     return make_table("dpm_solver_sde", problem, _rows(problem, steps, eta, s_noise, solver, "exact"))
 
 

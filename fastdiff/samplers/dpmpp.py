@@ -83,7 +83,9 @@ def _ode(
     choice(method, "solver", solver, SOLVERS)
     choice(method, "curvature", curvature, CURVATURES)
     churn = churn_from(method, s_churn, s_tmin, s_tmax, s_noise)
-    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final, churn=churn)
+    steps = plan(
+        method, problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final, churn=churn
+    )
     scale = churn.init_scale(problem, problem.points()[0].init_scale, scaled=False)
     return make_table(method, problem, _rows(problem, steps, 0.0, 0.0, solver, curvature), init_scale=scale)
 
@@ -104,7 +106,7 @@ def _sde(
     choice(method, "curvature", curvature, (*CURVATURES, "half_offset"))
     eta = fraction(method, "eta", eta)
     s_noise = fraction(method, "s_noise", s_noise, high=10.0)
-    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    steps = plan(method, problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     return make_table(method, problem, _rows(problem, steps, eta, s_noise, solver, curvature))
 
 

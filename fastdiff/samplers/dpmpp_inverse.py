@@ -31,7 +31,7 @@ def dpmpp_inverse(
     order = whole("dpmpp_inverse", "order", order, 1, 3)
     choice("dpmpp_inverse", "solver", solver, SOLVERS)
     choice("dpmpp_inverse", "curvature", curvature, CURVATURES)
-    steps = plan(problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    steps = plan("dpmpp_inverse", problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     return make_table("dpmpp_inverse", problem, _rows(problem, steps, solver, curvature))
 
 

@@ -11,7 +11,7 @@ from fastdiff.samplers.dpm_singlestep import POINTS, between_blocks, grid_blocks
 from fastdiff.samplers.exponential import SOLVERS, Data
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.singlestep import Aim, Block, block_rows
-from fastdiff.samplers.table import MethodInfo, StepTable, choice, fraction, make_table, whole
+from fastdiff.samplers.table import MethodInfo, StepTable, choice, flag, fraction, make_table, whole
 
 NOISES = ("brownian", "independent")
 CURVATURES = ("exact", "offset")
@@ -62,8 +62,9 @@ def dpmpp_sde(
     choice(method, "solver", solver, SOLVERS)
     choice(method, "points", points, POINTS)
     choice(method, "curvature", curvature, CURVATURES)
+    flag(method, "lower_order_final", lower_order_final)
     aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0), sde=True)
-    nodes = inner_nodes(method, order, points, r)
+    nodes = inner_nodes(method, order, points, r=r)
     blocks: Iterator[Block]
     if points == "grid":
         blocks = grid_blocks(problem.points(), order, aim, solver, lower_order_final)

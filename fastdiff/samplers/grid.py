@@ -5,7 +5,7 @@ import numpy as np
 from fastdiff.errors import InputError
 from fastdiff.samplers.grid_types import FINAL_SIGMAS, GRID_OPTIONS, Grid, GridOptions, options_from
 from fastdiff.samplers.placement import GIVEN, SPACINGS, strength_steps
-from fastdiff.schedules import Schedule
+from fastdiff.schedules import INTERPOLATIONS, Schedule
 
 __all__ = ["GRID_OPTIONS", "Grid", "GridOptions", "build", "options_from"]
 
@@ -15,10 +15,13 @@ def build(schedule: Schedule, steps: int | None, options: GridOptions) -> Grid:
 
     Errors: InputError if the options do not fit the schedule or leave a step of no length.
     """
+    _check_types(options)
     spacing = _spacing(schedule, options)
     place, used = SPACINGS[schedule.kind][spacing]
     _check_used(spacing, used, options, schedule)
-    final = options.final_sigma or ("schedule" if spacing == "logsnr" else "zero")
+    final = options.final_sigma
+    if final is None:
+        final = "schedule" if spacing == "logsnr" else "zero"
     if final not in FINAL_SIGMAS or (final == "last" and spacing not in GIVEN):
         finals = FINAL_SIGMAS if spacing in GIVEN else FINAL_SIGMAS[:-1]
         raise InputError(f"final_sigma: expected one of {', '.join(finals)}, got {options.final_sigma!r}")
@@ -35,6 +38,19 @@ def build(schedule: Schedule, steps: int | None, options: GridOptions) -> Grid:
     return grid.tail(strength_steps(grid.steps, options.strength))
 
 
+def _check_types(options: GridOptions) -> None:
+    """InputError for an option of another type, whatever the spacing."""
+    for name in ("endpoint", "integer"):
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, bool):
+            raise InputError(f"{name}: expected True, False or None, got {value!r}")
+    offset = options.steps_offset
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int) or offset < 0):
+        raise InputError(f"steps_offset: expected a whole number of at least 0, got {offset!r}")
+    if options.interpolation is not None and options.interpolation not in INTERPOLATIONS:
+        raise InputError(f"interpolation: expected 'log' or 'linear', got {options.interpolation!r}")
+
+
 def _spacing(schedule: Schedule, options: GridOptions) -> str:
     """What places the points: a spacing, or the name of the option that gives them."""
     given = [name for name in GIVEN if getattr(options, name) is not None]
@@ -42,7 +58,9 @@ def _spacing(schedule: Schedule, options: GridOptions) -> str:
         raise InputError("spacing, timesteps, sigmas: expected one of the three, got more; leave the others out")
     if given:
         return given[0]
-    spacing = options.spacing or {"flow": "flow", "ve": "karras"}.get(schedule.kind, "trailing")
+    spacing = options.spacing
+    if spacing is None:
+        spacing = {"flow": "flow", "ve": "karras"}.get(schedule.kind, "trailing")
     known = [name for name in SPACINGS[schedule.kind] if name not in GIVEN]
     if spacing not in known:
         raise InputError(f"spacing: expected one of {', '.join(known)} for a {schedule.kind} schedule, got {spacing!r}")
@@ -62,10 +80,11 @@ def _check_given(name: str, steps: int | None, final: str, options: GridOptions)
     """The number of steps that the given points make."""
     given = getattr(options, name)
     try:
-        points = np.asarray(given, dtype=np.float64)
+        points = np.asarray(given)
     except (TypeError, ValueError):
         raise InputError(f"{name}: expected falling numbers, got {given!r}") from None
-    if points.ndim != 1 or len(points) == 0 or np.isnan(points).any() or not np.all(points[1:] < points[:-1]):
+    numbers = points.dtype.kind in "fiu" and points.ndim == 1 and len(points) > 0
+    if not numbers or np.isnan(points).any() or not np.all(points[1:] < points[:-1]):
         raise InputError(f"{name}: expected falling numbers, got {given!r}")
     ends = final == "last" or (name == "sigmas" and points[-1] == 0.0)
     count = len(points) - ends

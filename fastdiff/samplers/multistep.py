@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fastdiff.samplers.churn import Churn, ChurnedStep
 from fastdiff.samplers.exponential import Form, Propagation, corrections, log_ratio
 from fastdiff.samplers.problem import Point, Problem
-from fastdiff.samplers.table import Row, make_row
+from fastdiff.samplers.table import Row, automatic_flag, flag, make_row
 from fastdiff.samplers.terms import total
 
 NO_CHURN = Churn(s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
@@ -42,6 +42,7 @@ class Step:
 
 
 def plan(
+    method: str,
     problem: Problem,
     order: int,
     *,
@@ -54,6 +55,8 @@ def plan(
     The first step is of order 1, as is one after a point without signal or noise, where lambda is infinite, and one to
     such a point; the step after it is of order 2.
     """
+    lower_order_final = automatic_flag(method, "lower_order_final", lower_order_final)
+    flag(method, "euler_at_final", euler_at_final)
     churned = [*churn.steps(problem, scaled=False)]
     ratios, steps = [step.start.ratio for step in churned], len(churned)
     lowered = steps + problem.grid.skipped < 15 if lower_order_final is None else lower_order_final

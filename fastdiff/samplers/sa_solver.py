@@ -6,7 +6,7 @@ from typing import Any
 from fastdiff.errors import InputError
 from fastdiff.samplers.adams import PREDICTS, Orders, adams_rows
 from fastdiff.samplers.problem import Point, Problem
-from fastdiff.samplers.table import MethodInfo, StepTable, choice, fraction, make_table, whole
+from fastdiff.samplers.table import MethodInfo, StepTable, choice, flag, fraction, make_table, whole
 
 
 def sa_solver(
@@ -44,6 +44,8 @@ def sa_solver(
     whole("sa_solver", "corrector_order", corrector_order, 0, 4)
     tau = fraction("sa_solver", "tau", tau, high=10.0)
     choice("sa_solver", "predict", predict, PREDICTS)
+    flag("sa_solver", "simplified", simplified)
+    flag("sa_solver", "lower_order_final", lower_order_final)
     times, ratios = _range("tau_timesteps", tau_timesteps), _range("tau_ratios", tau_ratios)
     steps = problem.grid.steps
 

@@ -43,7 +43,7 @@ def beta(high: float, low: float, ramp: Array, a: float, b: float) -> Array:
 
 def align_your_steps(model: str, points: int) -> Array:
     """`points` levels, linear in log(sigma / alpha) between the published ones."""
-    if model not in ALIGN_YOUR_STEPS:
+    if not isinstance(model, str) or model not in ALIGN_YOUR_STEPS:
         raise InputError(f"ays_model: expected one of {', '.join(ALIGN_YOUR_STEPS)}, got {model!r}")
     known = np.array(ALIGN_YOUR_STEPS[model])
     even = np.linspace(0.0, 1.0, len(known))

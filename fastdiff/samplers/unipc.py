@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fastdiff.errors import InputError
 from fastdiff.samplers.adams import PREDICTS, Orders, adams_rows
 from fastdiff.samplers.problem import Problem
-from fastdiff.samplers.table import MethodInfo, StepTable, choice, make_table, whole
+from fastdiff.samplers.table import MethodInfo, StepTable, choice, flag, make_table, whole
 
 VARIANTS = ("bh1", "bh2")
 
@@ -43,6 +43,8 @@ def unipc(
     whole("unipc", "order", order, 1, 3)
     choice("unipc", "variant", variant, VARIANTS)
     choice("unipc", "predict", predict, PREDICTS)
+    flag("unipc", "simplified", simplified)
+    flag("unipc", "lower_order_final", lower_order_final)
     steps = problem.grid.steps
     left = _uncorrected(corrector, steps, problem.grid.skipped)
     orders = []
@@ -56,7 +58,7 @@ def _uncorrected(corrector: bool | Sequence[int], steps: int, skipped: int) -> s
     """The steps of the grid whose result is left as predicted; nothing is known yet that could correct the last."""
     if isinstance(corrector, bool):
         return {steps - 1} if corrector else set(range(steps))
-    if not isinstance(corrector, list | tuple) or not all(isinstance(i, int) and i >= 0 for i in corrector):
+    if not isinstance(corrector, list | tuple) or not all(type(i) is int and i >= 0 for i in corrector):
         raise InputError(
             f"unipc: corrector: expected True, False or the steps not to correct, such as [0, 1], got {corrector!r}"
         )

@@ -11,9 +11,10 @@ from typing import Any
 from fastdiff.errors import InputError
 from fastdiff.schedules.continuous import crash, dynamic_shift, edm, flow, shift_time, sub_vp_sde, ve, vp_sde
 from fastdiff.schedules.discrete import cosine, custom, laplace, linear, scaled_linear, sigmoid, zero_terminal_snr
-from fastdiff.schedules.schedule import KINDS, Array, Schedule, from_ratio
+from fastdiff.schedules.schedule import INTERPOLATIONS, KINDS, Array, Schedule, from_ratio
 
 __all__ = [
+    "INTERPOLATIONS",
     "KINDS",
     "Array",
     "Schedule",

@@ -176,7 +176,11 @@ def dynamic_shift(
     A flow schedule with that shift is the resolution-dependent one, t = e^mu / (e^mu + 1/u - 1).
     Source: Esser et al. 2024, section 5.3.2; the line is FLUX.1's, whose figures are the defaults.
     """
-    if not 0 < base_tokens < max_tokens:
+    base_tokens, max_tokens = positive("base_tokens", base_tokens), positive("max_tokens", max_tokens)
+    for name, value in (("base_shift", base_shift), ("max_shift", max_shift)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"{name}: expected a finite number, got {value!r}")
+    if not base_tokens < max_tokens:
         raise InputError(f"base_tokens, max_tokens: expected 0 < base < max, got {base_tokens!r} and {max_tokens!r}")
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return math.exp(base_shift + slope * (positive("image_tokens", image_tokens) - base_tokens))

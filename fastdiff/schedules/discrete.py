@@ -117,7 +117,10 @@ def laplace(steps: int = 1000, *, max_beta: float = 0.999) -> Schedule:
 
 def custom(alphas_cumprod: npt.ArrayLike) -> Schedule:
     """A VP schedule from its own alpha_t^2, one per training timestep, falling within (0, 1); the last may be 0."""
-    a = np.array(alphas_cumprod, dtype=np.float64)
+    try:
+        a = np.array(alphas_cumprod, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"alphas_cumprod: expected falling numbers, got {alphas_cumprod!r}") from None
     if a.ndim != 1 or len(a) < 2 or not (np.all(a[:-1] > 0) and a[-1] >= 0 and a[0] < 1 and np.all(np.diff(a) < 0)):
         raise InputError("alphas_cumprod: expected at least two falling values between 0 and 1, got something else")
     return _discrete(np.sqrt(a), np.sqrt(1.0 - a), {"name": "custom", "alphas_cumprod": a.tolist()})
@@ -149,7 +152,7 @@ def _betas(name: str, steps: int, beta_start: float, beta_end: float) -> dict[st
 
 def _check_fractions(**values: float) -> None:
     for name, value in values.items():
-        if not 0.0 < value < 1.0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
             raise InputError(f"{name}: expected a number between 0 and 1, got {value!r}")
 
 

@@ -272,7 +272,7 @@ def test_diffusers_sde(schedule, karras, prediction, steps):
         ("dpmpp_singlestep", {"evaluations": 28}, "evaluations: 28 calls need order=3, .* got order=2"),
         ("dpmpp_singlestep", {"evaluations": 0}, "evaluations: expected a whole number from 1 to 30, got 0"),
         ("dpmpp_sde", {"noise": "path"}, "noise: expected one of brownian, independent"),
-        ("dpmpp_sde", {"r": 0.4, "points": "grid"}, "has no use for"),
+        ("dpmpp_sde", {"r": 0.4, "points": "grid"}, "dpmpp_sde: r: order 2 with points='grid' has no use for"),
         ("dpmpp_sde", {"curvature": "half"}, "curvature: expected one of exact, offset"),
         ("dpmpp_2s_ancestral", {"eta": 1.5}, "eta: expected a number from 0 to 1, got 1.5"),
     ],
