@@ -37,6 +37,9 @@ def sa_solver(
                       int e^(-k(lambda'-l)) (l - lambda) dl, as the authors' code and diffusers do
     lower_order_final   the predictor's order is at most the number of steps left, the corrector's one more
 
+    With predict="noise" and tau > 0 the fresh noise changes epsilon from step to step, which large steps multiply: it
+    wants 50 steps or more.
+
     A step to sigma' = 0 has a predictor of order 1 and no noise. diffusers: tau_timesteps=(200, 800), and the last step
     ends at the schedule's own end.
     """
