@@ -31,8 +31,6 @@ def denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         "dpmpp_2m",
         "dpmpp_3m",
         "dpmpp_singlestep",
-        "dpm_solver",
-        "dpm_solver_singlestep",
         "unipc",
         "deis",
     ],

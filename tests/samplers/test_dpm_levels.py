@@ -12,7 +12,7 @@ from interpret import trajectory
 
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
-from fastdiff.ops.row import KNOWN
+from fastdiff.ops.row import KNOWN, NEW_X
 from fastdiff.parameterization import target
 
 SCHEDULES = {
@@ -86,8 +86,12 @@ def _take(basis: np.ndarray, row: int) -> np.ndarray:
     return basis[2 + row]
 
 
-@pytest.mark.parametrize("name", ["no-signal", "flow"])
-def test_dpm_solver_sde_needs_signal(name):
+@pytest.mark.parametrize(("name", "spacing"), [("no-signal", "trailing"), ("flow", "karras")])
+def test_dpm_solver_sde_needs_signal(name, spacing):
     schedule, prediction, _ = SCHEDULES[name]
+    options = {"schedule": schedule, "steps": 5, "prediction": prediction, "spacing": spacing}
     with pytest.raises(InputError, match="keeps no signal at its first timestep"):
-        samplers.build("dpm_solver_sde", schedule=schedule, steps=5, prediction=prediction)
+        samplers.build("dpm_solver_sde", **options)
+    highest = {"sigma_max": 0.99} if name == "flow" else {}
+    table = samplers.build("dpm_solver_sde", **options | {"spacing": "karras"}, **highest)
+    assert np.isfinite(table.rows[:, NEW_X]).all()
