@@ -78,13 +78,13 @@ def run_adaptive(
                     h_init      first step, in -log r
                     pcoeff, icoeff, dcoeff, accept_safety   of the control (`fastdiff.engine.dpm_adaptive.Controller`)
                     eta, s_noise   eta > 0 adds noise at each step, as `euler_ancestral` does
-                    max_steps   the most tries of a step
+                    max_steps   the most steps that a sample may try, those in vain included
                     per_sample  True: each sample has its own steps, so that it depends on its own seed alone, and the
                                 network is called until the last sample is done. False: one step size for the batch, as
                                 in k-diffusion; a sample then depends on the others of its batch, within the tolerance.
                   "rk45": the ODE of Song et al. 2021 by the method of Dormand and Prince over log r, torchdiffeq's
                   dopri5 (pip install fastdiff-engine[adaptive]). Options:
-                    max_steps   the most tries of a step
+                    max_steps   the most steps that are tried
                     rtol, atol  bound the error of every sample. The steps are the batch's, so that a sample depends
                                 on the others of its batch, within the tolerance.
     denoiser, shape, seeds, device, dtype   those of `fastdiff.run`; t is float32. The rounding of a network in half

@@ -153,10 +153,10 @@ def test_steps_with_noise_leave_the_distribution():
     assert abs(float(found.var()) / variance - 1.0) < 4.0 * math.sqrt(2.0 / count) + 0.02
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_a_sample_depends_on_its_own_seed(eta):
+@pytest.mark.parametrize("options", [{}, {"eta": 0.5}, {"pcoeff": 0.2, "icoeff": 0.6, "dcoeff": 0.1}], ids=str)
+def test_a_sample_depends_on_its_own_seed(options):
     """In a batch whose other samples need other steps."""
-    together, alone = run(seeds=(11, 12, 13), eta=eta), run(seeds=(12,), eta=eta)
+    together, alone = run(seeds=(11, 12, 13), **options), run(seeds=(12,), **options)
     torch.testing.assert_close(together.x[1:2], alone.x, rtol=0.0, atol=2e-6)
     assert together.accepted >= alone.accepted
     assert not torch.equal(together.x[0], together.x[1])
@@ -244,6 +244,13 @@ def test_half_precision_network():
         ({"final_sigma": "last"}, "final_sigma: expected zero or schedule, got 'last'"),
         ({"shape": (3, 3, 8, 8)}, "seeds: expected 3"),
         ({"shape": ()}, "shape: expected"),
+        ({"shape": 3}, "shape: expected the positive sizes of the batch .*, got 3"),
+        ({"x": [1.0]}, r"x: expected float32 \(2, 3, 8, 8\) on cpu, got list"),
+        ({"method": ["rk45"]}, "method: expected one of dpm_adaptive, rk45"),
+        ({"s_noise": "1"}, "dpm_adaptive: s_noise: expected a number from 0 to 10, got '1'"),
+        ({"atol": True}, "dpm_adaptive: atol: expected a number from 0 to 1, got True"),
+        ({"accept_safety": math.nan}, "dpm_adaptive: accept_safety: expected a number from 0 to 1, got nan"),
+        ({"pcoeff": -1.0}, "dpm_adaptive: pcoeff: expected a number from 0 to 10, got -1.0"),
         ({"dtype": torch.float64}, "dtype: expected one of"),
         ({"guidance": math.nan}, "guidance: expected a finite number"),
         ({"clip": 0.0}, "clip: expected a positive number"),
