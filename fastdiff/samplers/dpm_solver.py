@@ -31,6 +31,8 @@ def dpm_solver(
 
     c = sigma' (e^h - 1)/2 for solver="midpoint", sigma' ((e^h - 1)/h - 1) for "heun". The first step is of order 1, the
     second at most 2; a step to sigma' = 0 is of order 1.
+    order               1 to 3
+    solver              "midpoint" or "heun": c of steps of order 2
     curvature           of the parabola of order 3: "exact", or "half" of it, as in the authors' code and diffusers,
                         whose second difference lacks a factor of 2. With half of it the method is of order 2.
     lower_order_final   whether the last step is of order 1 and the one before it of order 2 in any case; None: where
@@ -58,6 +60,9 @@ def dpm_solver_sde(
 
     eta = 0 is `dpm_solver`; eta = 1 is the reverse SDE. The step to sigma' = 0 is DDIM's and adds no noise. Where
     a step starts without signal there is no finite step: InputError.
+    eta                 from 0 to 1
+    s_noise             the noise is multiplied by it
+    solver, lower_order_final, euler_at_final   those of `dpm_solver`
 
     In epsilon the steps at large noise multiply what came before, so that it wants 50 steps or more where
     `dpmpp_2m_sde` wants 20; even timesteps on the cosine schedule give noise alone, hence the Karras grid.

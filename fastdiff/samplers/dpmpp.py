@@ -48,10 +48,10 @@ def dpmpp_3m(problem: Problem, **options: Any) -> StepTable:
 def dpmpp_2m_sde(problem: Problem, *, order: int = 2, **options: Any) -> StepTable:
     """x' = (sigma'/sigma) e^(-eta h) x + alpha' (1 - e^-k) D + c (h/h0) (D - D0) + sigma' sqrt(1 - e^(-2 eta h)) z.
 
-    k = (1 + eta) h; c is that of `dpmpp_2m` with k in place of h. eta = 0 is `dpmpp_2m`. The step to sigma' = 0 adds no
-    noise.
+    k = (1 + eta) h; c is that of `dpmpp_2m` with k in place of h. The step to sigma' = 0 adds no noise.
+    eta                 from 0, `dpmpp_2m`, to 1, the reverse SDE; default 1
     s_noise             the noise is multiplied by it
-    order, lower_order_final, euler_at_final   those of `dpmpp_2m`
+    order, solver, lower_order_final, euler_at_final   those of `dpmpp_2m`
     """
     return _sde("dpmpp_2m_sde", problem, whole("dpmpp_2m_sde", "order", order, 1, 2), **options)
 
@@ -59,9 +59,11 @@ def dpmpp_2m_sde(problem: Problem, *, order: int = 2, **options: Any) -> StepTab
 def dpmpp_3m_sde(problem: Problem, *, solver: str = "heun", **options: Any) -> StepTable:
     """The third order of `dpmpp_2m_sde`: `dpmpp_3m` with (1 + eta) h for h in the exponential, and the same noise.
 
+    solver              that of the second step, which has one earlier D: "heun" is k-diffusion's, "midpoint" diffusers'
     curvature           that of `dpmpp_3m`: "half" is k-diffusion's; "half_offset" is diffusers', half of it
                         less 1/k by a wrong sign: an error as large as the curvature itself, which leaves order 1 and
                         grows from step to step where there are hundreds.
+    The other options are those of `dpmpp_2m_sde`.
     """
     return _sde("dpmpp_3m_sde", problem, 3, solver=solver, **options)
 

@@ -22,6 +22,8 @@ def dpmpp_2s_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1
 
     r = sigma/alpha; d lies below r' by as much as the noise makes up for. The inner point is half of the way from r to
     d in lambda. A step to sigma' = 0, or from no signal, is Euler's.
+    eta       from 0, no noise, to 1; default 1
+    s_noise   the noise is multiplied by it
     """
     method = "dpmpp_2s_ancestral"
     aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0))
@@ -48,6 +50,9 @@ def dpmpp_sde(
     rho = sigma/alpha; (d_s, u_s) = `ancestral_step` from x to s, r of the way in lambda, and (d, u) to the end; D_u is
     the prediction for u at s. At eta = 1 these are exact steps of the reverse SDE for constant D. A step to sigma' = 0,
     or from no signal, is of order 1.
+    r                   where s lies, between 0 and 1; None: 1/2, and 1/3 for order 3
+    eta                 from 0, no noise, to 1; default 1
+    s_noise             the noise is multiplied by it
     noise               "brownian": z_1 and z_2 are the increments, from rho to rho_s and to rho', of one Brownian path
                         over rho, each divided by its standard deviation (k-diffusion):
                         z_2 = sqrt(c) z_1 + sqrt(1 - c) z', c = (rho - rho_s)/(rho - rho'). "independent": z_2 is taken

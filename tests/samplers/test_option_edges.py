@@ -10,11 +10,12 @@ from fastdiff import samplers, schedules
 VP, VE = schedules.linear(1000), schedules.ve(1000)
 
 
+@pytest.mark.parametrize("final", ["zero", "schedule"])
 @pytest.mark.parametrize("method", samplers.methods())
-def test_defaults_are_what_the_registry_says(method):
+def test_defaults_are_what_the_registry_says(method, final):
     """The functions' own defaults, which the registry repeats for people."""
     schedule, prediction = fitting(method)
-    common = {"schedule": schedule, "steps": 20, "prediction": prediction}
+    common = {"schedule": schedule, "steps": 20, "prediction": prediction, "final_sigma": final}
     silent, told = (
         samplers.build(method, **common),
         samplers.build(method, **common, **samplers.methods()[method].options),
