@@ -33,7 +33,8 @@ Made from the registry by `fastdiff methods --markdown > fastdiff/samplers/READM
 
 Each method is a function in a file of this folder that gives the rows of a table. Order: with twice the steps the error
 of a method of order p falls to 1/2^p; of a method with noise, the order that it has without. Calls: of the network, a
-step. History: how many earlier predictions a step reads. Schedules: the kinds that the method is defined on.
+step. History: how many earlier predictions a step reads. Options: with their defaults; automatic is what the method
+chooses itself (None, on the command line null). Schedules: the kinds that the method is defined on.
 
 ![Error against calls of the network](../../benchmarks/results/convergence.png)
 
