@@ -131,7 +131,7 @@ def _given_levels(schedule: Schedule, steps: int, options: GridOptions, spacing:
     if options.shift is not None:
         levels = shift_time(levels, _shift(schedule, options))
     end = float(levels[-1]) if len(levels) > steps else 0.0
-    if final == "schedule" and end == 0.0:
+    if final == "schedule":
         end = float((schedule.sigmas if schedule.kind == "flow" else schedule.noise_ratios)[0])
     return _at_levels(schedule, options, levels[:steps], end)
 

@@ -93,3 +93,8 @@ def test_given_levels_end_where_they_say(schedule):
     assert end([high, 0.3], "schedule") == pytest.approx(clean, rel=1e-12)
     assert end([high, 0.3], "last") == pytest.approx(0.3, rel=1e-12)
     assert end([high, 0.3, 0.0], "last") == 0.0
+
+
+def test_flow_steps_may_end_at_the_schedules_shifted_end():
+    assert build(FLOW, 5, final_sigma="schedule").sigmas[-1] == pytest.approx(0.003 / 1.002, rel=1e-12)
+    assert build(FLOW, 5, final_sigma="schedule", shift=2.0).sigmas[-1] == pytest.approx(0.002 / 1.001, rel=1e-12)

@@ -63,3 +63,22 @@ def test_sa_solver_in_epsilon_wants_more_steps():
     few, more = (figures(draw("sa_solver", predict="noise", steps=steps))[2] for steps in (20, 50))
     assert few > 3.0
     assert more < 0.05
+
+
+def raised_by(table: samplers.StepTable) -> np.ndarray:
+    """By which factor each row's start lies above its grid point."""
+    return table.levels[:, 1] / table.levels[:, 0] / table.grid.noise_ratios[:-1]
+
+
+def test_churn_is_that_of_the_whole_grid():
+    """s_churn is shared out among all its steps, those included that a start from an image leaves out."""
+    options = {"schedule": VE, "steps": 20, "prediction": "sample", "s_churn": 4.0}
+    table = samplers.build("dpmpp_2m", strength=0.5, **options)
+    assert len(table) == 10
+    assert raised_by(table) == pytest.approx(1.2, rel=1e-12)
+
+
+def test_the_ends_of_churn_belong_to_it():
+    levels = {"schedule": VE, "prediction": "sample", "sigmas": [9.0, 4.0, 2.0, 1.0, 0.5]}
+    table = samplers.build("dpmpp_2m", s_churn=1.0, s_tmin=1.0, s_tmax=4.0, **levels)
+    assert raised_by(table) == pytest.approx([1.0, 1.2, 1.2, 1.2, 1.0], rel=1e-12)
