@@ -98,3 +98,16 @@ def test_given_levels_end_where_they_say(schedule):
 def test_flow_steps_may_end_at_the_schedules_shifted_end():
     assert build(FLOW, 5, final_sigma="schedule").sigmas[-1] == pytest.approx(0.003 / 1.002, rel=1e-12)
     assert build(FLOW, 5, final_sigma="schedule", shift=2.0).sigmas[-1] == pytest.approx(0.002 / 1.001, rel=1e-12)
+
+
+def test_an_offset_leaves_the_schedules_end_to_the_last_step():
+    """The end of the range is a point of its own unless the final point is the same."""
+    for offset, expected in ((1, [801, 601, 401, 201, 1, 0]), (0, [830, 664, 498, 332, 166, 0])):
+        points = build(LATENT, 5, spacing="leading", steps_offset=offset, final_sigma="schedule")
+        np.testing.assert_allclose(points.timesteps, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [schedules.cosine(), schedules.sub_vp_sde()], ids=lambda s: s.name)
+def test_levels_start_where_signal_is_left(schedule):
+    assert schedule.noise_ratios[-1] > 80.0
+    assert build(schedule, 5, spacing="karras").noise_ratios[0] == pytest.approx(80.0, rel=1e-12)
