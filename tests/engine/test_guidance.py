@@ -130,6 +130,20 @@ def test_classifier_gradient_moves_the_data_prediction(method, prediction, group
     check(steps, Guidance(scale=groups, classifier=log_probability, classifier_scale=1.7), combine)
 
 
+def test_outside_of_the_interval_the_classifier_says_nothing():
+    steps = table("ddim", spacing="karras", sigma_max=5.0)
+    ratios = steps.levels[:, 1] / steps.levels[:, 0]
+    guidance = Guidance(classifier=lambda x, t: x.sum(dim=(1, 2, 3)), interval=(float(ratios[4]), float(ratios[1])))
+    inside = {float(t) for t in steps.timesteps[1:4]}
+
+    def combine(x, t):
+        alpha, sigma = (float(value) for value in VP.at(t))
+        # D = alpha x - sigma v moves by sigma^2 / alpha.
+        return condition(x, t, 1) - (sigma / alpha if t in inside else 0.0)
+
+    check(steps, guidance, combine)
+
+
 def test_classifier_guidance_samples_the_posterior():
     """Data N(0, 1) and p(y | x_0) = N(x_0; y, 1/4): with the exact classifier of x_t the samples are p(x_0 | y)."""
     y, seeds = 1.0, range(4000)
