@@ -135,3 +135,11 @@ def test_a_wrong_noise_coefficient_is_seen():
 def test_bad_intervals_are_refused(intervals):
     with pytest.raises(InputError, match="restart: intervals: expected"):
         samplers.build("restart", schedule=VP, steps=9, prediction="v", intervals=intervals)
+
+
+def test_the_noise_to_start_with():
+    """As for `euler`: r itself, or sqrt(1 + r^2)."""
+    for initial, power in (("sigma", 0.0), ("marginal", 1.0)):
+        table = samplers.build("restart", schedule=schedules.linear(1000), steps=4, initial=initial)
+        ratio = float(table.grid.noise_ratios[0])
+        assert abs(table.init_scale - (power + ratio**2) ** 0.5) < 1e-9 * ratio
