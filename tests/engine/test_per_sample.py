@@ -136,6 +136,19 @@ def test_correctors_of_the_reverse_sde(predictor):
     assert_agrees(calm, table, in_float64(calm, table))
 
 
+def test_a_classifier_moves_the_score_of_a_corrector_too():
+    """epsilon - sigma s grad log p(y | x) is what it makes of an epsilon network, for data prediction and score."""
+    schedule = schedules.vp_sde(1000)
+    table = samplers.build("reverse_sde", schedule=schedule, steps=5, prediction="epsilon", corrector_steps=1)
+    guidance = fastdiff.Guidance(classifier=lambda x, t: (0.4 * x - 0.15 * x**2).sum((1, 2, 3)), classifier_scale=0.7)
+
+    def moved(x, t):
+        sigma = torch.from_numpy(schedule.at(t.double().numpy())[1]).reshape(-1, 1, 1, 1)
+        return calm(x, t) - 0.7 * sigma * (0.4 - 0.3 * x)
+
+    assert_agrees(calm, table, in_float64(moved, table), guidance=guidance)
+
+
 @pytest.mark.parametrize("guidance", [None, 3.0])
 @pytest.mark.parametrize("variance", ["learned_range", "learned"])
 def test_learned_variances(variance, guidance):
