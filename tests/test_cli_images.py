@@ -59,6 +59,13 @@ def test_the_steps_that_strength_leaves_out_are_not_counted(capsys, checkpoint, 
     assert ", 2 steps of dpmpp_2m, " in run(capsys, "sample", "--model", checkpoint, *given)[1]
 
 
+def test_an_inverse_method_goes_all_the_way_to_noise(capsys, checkpoint, tmp_path, picture):  # noqa: F811
+    out, given = tmp_path / "a.npz", ("--image", picture, "--method", "ddim_inverse")
+    whole = draw(capsys, checkpoint, out, *given, "--strength", 1)
+    assert np.array_equal(draw(capsys, checkpoint, out, *given), whole)
+    assert not np.array_equal(draw(capsys, checkpoint, out, *given, "--strength", 0.5), whole)
+
+
 def test_rescale(capsys, checkpoint, tmp_path):  # noqa: F811
     plain = draw(capsys, checkpoint, tmp_path / "a.npz", "--guidance", 3)
     rescaled = draw(capsys, checkpoint, tmp_path / "a.npz", "--guidance", 3, "--rescale", 1)

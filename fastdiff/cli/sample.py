@@ -162,8 +162,13 @@ def _add_strength(chosen: dict[str, Any], arguments: argparse.Namespace) -> None
         if arguments.image is None:
             raise InputError("strength: expected --image with it, the picture that is changed")
         chosen["strength"] = arguments.strength
-    elif arguments.image is not None and arguments.mask is None:
+    elif arguments.image is not None and arguments.mask is None and not _goes_to_noise(arguments.method):
         chosen.setdefault("strength", STRENGTH)
+
+
+def _goes_to_noise(method: str) -> bool:
+    """Whether the whole way from the image is what is asked for."""
+    return method not in ADAPTIVE and samplers.find(method).inverse
 
 
 def _print_result(
