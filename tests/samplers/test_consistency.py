@@ -31,10 +31,11 @@ def epsilon(x: np.ndarray, t: float) -> np.ndarray:
     return np.tanh(x) + 0.1 * np.cos(0.01 * t * x)
 
 
+@pytest.mark.parametrize(("scaling", "spread"), [(10.0, 0.5), (0.02, 2.0)])
 @pytest.mark.parametrize("steps", [1, 4, 7, 50])
-def test_lcm_is_the_papers_loop(steps):
-    """Luo et al. 2023, algorithm 3: f(x, t) at each timestep, noised to the next."""
-    table = build("lcm", steps, clip=1.0)
+def test_lcm_is_the_papers_loop(steps, scaling, spread):
+    """Luo et al. 2023, algorithm 3: f(x, t) at each timestep, noised to the next; c_skip and c_out of section 3.1."""
+    table = build("lcm", steps, clip=1.0, timestep_scaling=scaling, sigma_data=spread)
     origin = np.arange(1, 51) * 20 - 1
     times = [int(origin[::-1][i * 50 // steps]) for i in range(steps)]
     assert table.timesteps.tolist() == times
@@ -43,7 +44,8 @@ def test_lcm_is_the_papers_loop(steps):
     states = trajectory(epsilon, table, x, noise)
     for i, (t, ours) in enumerate(zip(times, states, strict=True)):
         clean = np.clip((x - np.sqrt(1 - BAR[t]) * epsilon(x, t)) / np.sqrt(BAR[t]), -1.0, 1.0)
-        skip, out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / np.sqrt((10 * t) ** 2 + 0.25)
+        root = np.hypot(scaling * t, spread)
+        skip, out = (spread / root) ** 2, scaling * t / root
         x = skip * x + out * clean
         if i + 1 < steps:
             x = np.sqrt(BAR[times[i + 1]]) * x + np.sqrt(1 - BAR[times[i + 1]]) * drawn[i]
