@@ -1,6 +1,5 @@
 """Adaptive steps: k-diffusion's numbers, the exact flow of the mixture, independence of the batch, what is refused."""
 
-import importlib.util
 import math
 import sys
 
@@ -22,10 +21,7 @@ VE = schedules.ve(1000, sigma_min=0.02, sigma_max=80.0)
 VP, FLOW = schedules.linear(1000), schedules.flow(1000, shift=2.0)
 ENDS = {"sigma_min": 0.05, "sigma_max": 50.0}
 
-needs_torchdiffeq = pytest.mark.skipif(
-    importlib.util.find_spec("torchdiffeq") is None, reason="torchdiffeq is not installed"
-)
-METHODS = ["dpm_adaptive", pytest.param("rk45", marks=needs_torchdiffeq)]
+METHODS = ["dpm_adaptive", "rk45"]
 
 
 def small_network() -> torch.nn.Module:
@@ -267,7 +263,6 @@ def test_refusals(options, words):
         run(**options)
 
 
-@needs_torchdiffeq
 def test_rk45_says_that_the_tolerances_are_too_tight():
     with pytest.raises(InputError, match="1e-12 and 1e-05 are not met within max_steps=20"):
         run("rk45", rtol=1e-12, max_steps=20)
