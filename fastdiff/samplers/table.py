@@ -139,6 +139,10 @@ class StepTable:
         """The same table with m = uncond + guidance * (cond - uncond), one number or one for each row."""
         rows = self.rows.copy()
         rows[:, GUIDANCE] = guidance
+        return self.with_rows(rows)
+
+    def with_rows(self, rows: Array) -> "StepTable":
+        """The same table with other coefficients."""
         return replace(self, rows=rows)
 
     def tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -1,0 +1,17 @@
+"""Drop-in schedulers for diffusers: its classes, configurations and interfaces, with our steps.
+
+Each class is a subclass of diffusers' own of the same name: configuration, timesteps, levels, saving and loading are
+inherited, and `step` is one fused operator on a row that was computed beforehand. SchedulerMixin stands here because
+diffusers looks for it in the module that a saved pipeline names.
+"""
+
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
+
+__all__ = ["DPMSolverMultistepScheduler", "SchedulerMixin"]
+
+for _name in __all__:
+    if _name != "SchedulerMixin":
+        # What diffusers writes into a saved pipeline, and where it looks the class up again.
+        globals()[_name].__module__ = __name__

@@ -1,0 +1,204 @@
+"""What every drop-in scheduler is made of: timesteps known to the host, a table of rows, and the one operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.config import use_backend
+from fastdiff.integrations.diffusers.tables import DataSlot, data_slot
+from fastdiff.samplers.table import StepTable
+
+__all__ = ["IndexedScheduler", "Run", "Scheduler", "draw"]
+
+
+@dataclass
+class Run:
+    """A table on its way: row 0 belongs to index `start` of the scheduler's timesteps.
+
+    levels    the tensor of sigmas that the table was made from; another one asks for another table
+    data      where the rows give the data prediction for the caller, which is then no history and no anchor
+    history   newest first
+    """
+
+    table: StepTable
+    start: int
+    levels: Tensor | None
+    data: DataSlot
+    history: tuple[Tensor, ...] = ()
+    anchor: Tensor | None = None
+
+
+class Scheduler:
+    """First base of every drop-in class; its second is diffusers' own class, which keeps all but the steps.
+
+    `timesteps` stays an ordinary tensor to its users. What it holds is also kept as numbers, read when it is set, so
+    that no step has to wait for a device to hear which timestep it is at.
+    """
+
+    config: Any
+    num_inference_steps: Any
+    alphas_cumprod: Tensor
+    _timesteps: Tensor
+    _times: list[float]
+    _run: Run | None = None
+
+    @property
+    def timesteps(self) -> Tensor:
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: Tensor) -> None:
+        self._timesteps = value
+        self._times = [] if value.is_meta else value.tolist()
+        self._run = None
+
+    def _position(self, timestep: Any) -> int | None:
+        """Where in `timesteps` a tensor lies that was taken out of it; None for anything else. Nothing is read."""
+        if not isinstance(timestep, Tensor) or timestep.numel() != 1:
+            return None
+        times = self._timesteps
+        if timestep.untyped_storage()._cdata != times.untyped_storage()._cdata or timestep.dtype != times.dtype:
+            return None
+        return (timestep.storage_offset() - times.storage_offset()) // max(times.stride(0), 1)
+
+    def _time(self, timestep: Any) -> float:
+        """The timestep as a number. A tensor that was not taken out of `timesteps` has to be waited for."""
+        position = self._position(timestep)
+        if position is not None:
+            return self._times[position]
+        return timestep.item() if isinstance(timestep, Tensor) else timestep
+
+    def _apply(
+        self,
+        run: Run,
+        row: int,
+        sample: Tensor,
+        model_output: Tensor,
+        *,
+        noise: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x' in `dtype` (the sample's unless said) and the data prediction in float32 where the table gives it.
+
+        History and anchor move on in `run`.
+        """
+        if sample.dtype != dtype and dtype is not None and sample.dtype != torch.float32:
+            sample = sample.float()
+        if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+            with use_backend("reference"):
+                x, data = _step(run, row, sample, model_output, noise)
+        else:
+            x, data = _step(run, row, sample, model_output, noise)
+        return x if dtype is None else x.to(dtype), data
+
+
+class IndexedScheduler(Scheduler):
+    """A scheduler that counts its steps: `_step_index` is looked up once and then rises by one a step.
+
+    A class says how its table is made (`_table`), and up to how many earlier steps its rows depend on (`_memory`).
+    """
+
+    sigmas: Tensor
+    _step_index: int | None
+    _begin_index: int | None
+    lower_order_nums: int = 0
+
+    def _table(self, start: int) -> tuple[StepTable, bool]:
+        """The table of the steps from index `start` on, and whether the caller is given the data prediction."""
+        raise NotImplementedError
+
+    def _memory(self) -> int:
+        return 0
+
+    def _init_step_index(self, timestep: Any) -> None:
+        if self._begin_index is not None:
+            self._step_index = self._begin_index
+        else:
+            self._step_index = self._first_index(self._time(timestep) if self._times else timestep)
+
+    def _first_index(self, time: Any) -> int:
+        """Where a run starts that is first called with this timestep: at the second of two equal ones, so that a start
+        in the middle skips no level."""
+        if not self._times:
+            position = self._position(time)
+            return 0 if position is None else position
+        found = [index for index, other in enumerate(self._times) if other == time]
+        if not found:
+            return int(self.index_for_timestep(time))  # type: ignore[attr-defined]
+        return found[min(1, len(found) - 1)]
+
+    def _at(self, timestep: Any) -> tuple[Run, int]:
+        """The run and its row for the step that is due."""
+        index = self._step_index
+        if index is None:
+            self._init_step_index(timestep)
+            index = self._step_index
+            assert index is not None
+        run = self._run
+        if run is None or run.levels is not self.sigmas or not self._follows(run, index):
+            run = self._begin(index)
+        return run, index - run.start
+
+    def _follows(self, run: Run, index: int) -> bool:
+        """Whether the row of `index` assumes as many earlier steps as were taken."""
+        taken, memory = self.lower_order_nums, self._memory()
+        row = index - run.start
+        return row >= 0 and min(row, memory) == min(taken, memory)
+
+    def _begin(self, index: int) -> Run:
+        past, last = self._run, min(self.lower_order_nums, self._memory(), index)
+        table, gives_data = self._table(index - last)
+        self._run = Run(table, index - last, self.sigmas, data_slot(table) if gives_data else None)
+        if past is not None and last:
+            self._run.history, self._run.anchor = past.history, past.anchor
+        return self._run
+
+    def _advance(self) -> None:
+        """Counts a step that was taken."""
+        assert self._step_index is not None
+        self._step_index += 1
+        if self.lower_order_nums < self._memory():
+            self.lower_order_nums += 1
+
+
+def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Standard normal noise as diffusers draws it, so that the generator moves on alike."""
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+
+
+def _step(
+    run: Run, row: int, sample: Tensor, model_output: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    table = run.table
+    use, rows = table.uses[row], table.tensor(sample.device)
+    scales = None
+    if table.threshold is not None and use.data:
+        percentile, maximum = table.threshold.percentile, table.threshold.maximum
+        scales = ops.dynamic_threshold(sample, model_output, rows, row, percentile=percentile, maximum=maximum)
+    step = ops.sampler_step(
+        sample,
+        model_output,
+        rows,
+        row,
+        anchor=run.anchor if use.anchor else None,
+        history=run.history[: use.history],
+        noise=noise if use.noise else None,
+        scales=scales,
+        new_history=use.new_history,
+        new_anchor=use.new_anchor,
+    )
+    if run.data == "history":
+        data = step.history
+    else:
+        data = step.anchor if run.data == "anchor" else None
+        if step.history is not None:
+            run.history = (step.history, *run.history[:2])
+    if step.anchor is not None and run.data != "anchor":
+        run.anchor = step.anchor
+    return step.x, data

@@ -1,0 +1,129 @@
+"""Tables from what a scheduler of diffusers already knows: its own levels and timesteps, taken as they are.
+
+The rows are those of `fastdiff.samplers`; only the grid is not ours, so every spacing that diffusers has, and every one
+that it will have, gives the levels that it gives there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from fastdiff import samplers, schedules
+from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_HISTORY
+from fastdiff.samplers.grid import Grid
+from fastdiff.samplers.problem import Problem, Threshold
+from fastdiff.samplers.table import StepTable
+from fastdiff.schedules import Array, Schedule
+
+DataSlot = Literal["history", "anchor"] | None
+PREDICTIONS = {
+    "epsilon": "epsilon",
+    "v_prediction": "v",
+    "sample": "sample",
+    "original_sample": "sample",
+    "flow_prediction": "flow",
+}
+_KEPT_TABLES = 64
+
+
+def levels(sigmas: Tensor, *, flow: bool = False) -> tuple[Array, Array]:
+    """(alpha, sigma) of levels as diffusers holds them: sigma / alpha of a schedule that keeps the variance, or the
+    sigma of a flow, whose alpha is 1 - sigma."""
+    level = sigmas.double().numpy()
+    if flow:
+        return 1.0 - level, level
+    alphas = 1.0 / np.sqrt(1.0 + level**2)
+    return alphas, level * alphas
+
+
+def table(
+    method: str,
+    *,
+    schedule: Schedule,
+    prediction: str,
+    timesteps: Sequence[float],
+    alphas: Array,
+    sigmas: Array,
+    clip: float | None = None,
+    threshold: Threshold | None = None,
+    skipped: int = 0,
+    gives_data: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> StepTable:
+    """The table of a method on those points; `alphas` and `sigmas` have the end of the last step besides.
+
+    skipped      steps of the whole run that come before the first
+    gives_data   whether the caller is given the data prediction of each row, in the slot of `data_slot`
+    """
+    times = (*timesteps, 0.0)
+    return _table(
+        method,
+        schedule,
+        prediction,
+        clip,
+        threshold,
+        tuple(times[: len(alphas)]),
+        tuple(alphas.tolist()),
+        tuple(sigmas.tolist()),
+        skipped,
+        gives_data,
+        tuple(sorted((options or {}).items())),
+    )
+
+
+@lru_cache(maxsize=_KEPT_TABLES)
+def _table(
+    method: str,
+    schedule: Schedule,
+    prediction: str,
+    clip: float | None,
+    threshold: Threshold | None,
+    timesteps: tuple[float, ...],
+    alphas: tuple[float, ...],
+    sigmas: tuple[float, ...],
+    skipped: int,
+    gives_data: bool,
+    options: tuple[tuple[str, Any], ...],
+) -> StepTable:
+    grid = Grid(np.array(timesteps), np.array(alphas), np.array(sigmas), skipped)
+    made = samplers.find(method).rows(Problem(schedule, grid, prediction, clip, threshold), **dict(options))
+    return giving_data(made) if gives_data else made
+
+
+def giving_data(made: StepTable) -> StepTable:
+    """The same table whose rows also write D, into the slot that they leave free."""
+    slot = {"history": NEW_HISTORY, "anchor": NEW_ANCHOR}[data_slot(made) or "anchor"]
+    rows = made.rows.copy()
+    rows[:, slot] = 0.0
+    rows[:, slot.start + INPUTS.index("D")] = 1.0
+    rows.flags.writeable = False
+    return made.with_rows(rows)
+
+
+def data_slot(made: StepTable) -> DataSlot:
+    """The slot that no row reads, so that D can be written there; None if all are read."""
+    if not any(use.anchor for use in made.uses):
+        return "anchor"
+    return None if any(use.history for use in made.uses) else "history"
+
+
+@lru_cache(maxsize=_KEPT_TABLES)
+def _custom(alphas_cumprod: tuple[float, ...]) -> Schedule:
+    return schedules.custom(alphas_cumprod)
+
+
+def schedule_of(alphas_cumprod: Tensor) -> Schedule:
+    """Their own schedule, value for value; equal ones are one object, so that tables are shared."""
+    return _custom(tuple(alphas_cumprod.double().tolist()))
+
+
+def threshold_of(config: Mapping[str, Any]) -> Threshold | None:
+    """Dynamic thresholding as diffusers' configuration says it."""
+    if not config.get("thresholding"):
+        return None
+    return Threshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
