@@ -96,8 +96,7 @@ def sampler_step(
     if not (scales is known is known_noise is mask is copies is None):
         checks.sampler_step_options(x, scales, known, known_noise, mask, copies)
     given = len(history)
-    outputs = _call(
-        "sampler_step",
+    arguments = (
         x,
         model_output,
         table,
@@ -119,6 +118,7 @@ def sampler_step(
         copies,
         model_input,
     )
+    outputs = _call("sampler_step", arguments)
     return StepOutput(
         outputs[0],
         outputs[1] if new_history else None,
@@ -148,7 +148,7 @@ def add_noise(
     layout = reference.memory_format(x)
     if noise is not None:
         noise = noise.contiguous(memory_format=layout)
-    return _call("add_noise", x.contiguous(memory_format=layout), alpha, sigma, noise, seeds, step, stream)
+    return _call("add_noise", (x.contiguous(memory_format=layout), alpha, sigma, noise, seeds, step, stream))
 
 
 def philox_normal(
@@ -169,7 +169,7 @@ def philox_normal(
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     checks.philox_normal(seeds, shape, step, stream, dtype)
-    return _call("philox_normal", seeds, shape, step, stream, dtype)
+    return _call("philox_normal", (seeds, shape, step, stream, dtype))
 
 
 def group_norm_silu(
@@ -197,8 +197,7 @@ def group_norm_silu(
     layout = reference.memory_format(x)
     if residual is not None:
         residual = residual.contiguous(memory_format=layout)
-    y, h = _call(
-        "group_norm_silu",
+    arguments = (
         x.contiguous(memory_format=layout),
         groups,
         weight if weight is None else weight.contiguous(),
@@ -209,6 +208,7 @@ def group_norm_silu(
         residual,
         return_sum,
     )
+    y, h = _call("group_norm_silu", arguments)
     return (y, h) if return_sum else y
 
 
@@ -225,7 +225,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return _call("attention", q, k, v, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
+    return _call("attention", (q, k, v, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)))
 
 
 def explain(name: str, *args: Any, **kwargs: Any) -> str:

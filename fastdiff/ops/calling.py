@@ -20,14 +20,14 @@ class _Explained(Exception):
     """Carries the explanation out of an operator that is only being asked about."""
 
 
-def call(name: str, *args: Any) -> Any:
+def call(name: str, args: tuple[Any, ...]) -> Any:
     """The registered operator; inside use_backend('reference') the plain PyTorch function, which has gradients."""
     if not _is_compiling():
         if _explaining.get():
             raise _Explained(dispatch.explain(name, args))
         if config.forced_backend(name) == "reference":
             return OPERATORS[name].reference(*args)
-    return dispatch.call(name, *args)
+    return dispatch.call(name, args)
 
 
 def explanation(public: Callable[[], Any]) -> str:

@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -143,7 +142,7 @@ def _refuse_grad(name: str, args: tuple[Any, ...]) -> None:
             )
 
 
-def _run(name: str, *args: Any) -> Any:
+def _run(name: str, args: tuple[Any, ...]) -> Any:
     if torch.is_grad_enabled():
         _refuse_grad(name, args)
     backend = choose(name, args)
@@ -156,7 +155,7 @@ _library = torch.library.Library("fastdiff", "DEF")
 
 def _register(operator: Operator) -> Callable[..., Any]:
     _library.define(operator.name + operator.schema)
-    _library.impl(operator.name, partial(_run, operator.name), "CompositeExplicitAutograd")
+    _library.impl(operator.name, lambda *args: _run(operator.name, args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdiff::{operator.name}", operator.fake, lib=_library)
     return getattr(torch.ops.fastdiff, operator.name).default
 
@@ -169,7 +168,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_profiling = torch.autograd._profiler_enabled
 
 
-def call(name: str, *args: Any) -> Any:
+def call(name: str, args: tuple[Any, ...]) -> Any:
     """The registered operator; its implementation directly where nothing but a plain call can be seen.
 
     Going through PyTorch's dispatcher costs about 5 us, half of a small step. Only compilation, tracing, tensor
@@ -178,4 +177,4 @@ def call(name: str, *args: Any) -> Any:
     first = args[0]
     if _is_compiling() or type(first) is not Tensor or first.is_meta or _dispatch_modes() or _is_profiling():
         return REGISTERED[name](*args)
-    return _run(name, *args)
+    return _run(name, args)

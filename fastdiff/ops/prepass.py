@@ -34,7 +34,7 @@ def guidance_weights(
     Armandpour et al., "Re-imagine the Negative Prompt Algorithm", 2023 (perpendicular).
     """
     checks.guidance_weights(model_output, weights, rescale, channels)
-    return call("guidance_weights", model_output, weights, float(rescale), perpendicular, channels)
+    return call("guidance_weights", (model_output, weights, float(rescale), perpendicular, channels))
 
 
 def dynamic_threshold(
@@ -67,7 +67,7 @@ def dynamic_threshold(
         x = x.contiguous()
     checks.dynamic_threshold(x, model_output, table, row, counter, weights, percentile, maximum)
     options = (float(percentile), float(maximum))
-    return call("dynamic_threshold", x, model_output, table, row, counter, weights, *options)
+    return call("dynamic_threshold", (x, model_output, table, row, counter, weights, *options))
 
 
 def langevin_step_size(
@@ -98,4 +98,4 @@ def langevin_step_size(
     if not x.is_contiguous():
         x = x.contiguous()
     checks.langevin_step_size(x, model_output, table, row, counter, weights, noise, seeds, snr)
-    return call("langevin_step_size", x, model_output, table, row, counter, weights, noise, seeds, float(snr))
+    return call("langevin_step_size", (x, model_output, table, row, counter, weights, noise, seeds, float(snr)))
