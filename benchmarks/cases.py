@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Case:
     """One thing that several contenders do.
 
-    operator: a registered operator, or "sampling" for the whole loop. variant: which kind of call; the builders in
+    operator: a registered operator, "torch_normal", "drop_in" for a scheduler's step through the interface of diffusers,
+    or "sampling" for the whole loop. variant: which kind of call; the builders in
     `operators` and `sampling` know the names. shape: of the main input; attention (B, H, Lq, D). quick: measured by
     `--quick` too.
     """
@@ -39,6 +40,11 @@ PREPASSES = (
     *(("guidance_weights", kind) for kind in ("rescaled", "perpendicular")),
     ("dynamic_threshold", "quantile"),
     *(("langevin_step_size", noise) for noise in NOISE),
+)
+NORMALS = ((1, 4, 64, 64), (8, 4, 128, 128))
+SCHEDULERS = (
+    *("ddim", "ddpm", "euler", "euler_ancestral", "flow_euler", "heun", "lms", "pndm", "ipndm"),
+    *("dpmpp_2m", "dpmpp_3m", "unipc", "deis"),
 )
 LOOPS = ("dpmpp_2m-20", "ddim-50")
 LOOP_SHAPE = (4, 1, 28, 28)
@@ -70,6 +76,8 @@ CASES = (
         for shape in SAMPLES
         for dtype in DTYPES
     ),
+    *(Case("torch_normal", "fill", shape, dtype) for shape in NORMALS for dtype in DTYPES),
+    *(Case("drop_in", scheduler, shape) for scheduler in SCHEDULERS for shape in NORMALS),
     *(Case("sampling", loop, LOOP_SHAPE, dtype) for loop in LOOPS for dtype in DTYPES),
 )
 

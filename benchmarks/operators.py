@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import schedulers
+from benchmarks import drop_in, schedulers
 from benchmarks.cases import Case
-from benchmarks.work import Work
+from benchmarks.work import AUTOMATIC, Work
 from fastdiff import ops
 from fastdiff.noise import STREAM_STEP
 from fastdiff.ops import prepass_reference, reference
@@ -222,7 +222,25 @@ def langevin_step_size(case: Case, device: torch.device) -> Work:
     )
 
 
-BUILDERS: dict[str, Callable[[Case, torch.device], Work]] = {
+def torch_normal(case: Case, device: torch.device) -> Work:
+    dtype = getattr(torch, case.dtype)
+    theirs, ours = (torch.Generator(device).manual_seed(0) for _ in range(2))
+
+    def pytorch() -> Tensor:
+        return torch.randn(case.shape, generator=theirs.manual_seed(1), device=device, dtype=dtype)
+
+    truth = pytorch()
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=lambda: ops.torch_normal(case.shape, generator=ours.manual_seed(1), device=device, dtype=dtype),
+        truth=truth.double(),
+        plain=truth,
+        traffic=size(truth),
+        backends=(AUTOMATIC,),
+    )
+
+
+BUILDERS: dict[str, Callable[[Case, torch.device], Work | None]] = {
     "sampler_step": sampler_step,
     "group_norm_silu": group_norm_silu,
     "attention": attention,
@@ -231,4 +249,6 @@ BUILDERS: dict[str, Callable[[Case, torch.device], Work]] = {
     "guidance_weights": guidance_weights,
     "dynamic_threshold": dynamic_threshold,
     "langevin_step_size": langevin_step_size,
+    "torch_normal": torch_normal,
+    "drop_in": drop_in.build,
 }

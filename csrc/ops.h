@@ -47,6 +47,19 @@ struct NoiseArgs {  // philox_normal, and add_noise where x is given
   int threads;
 };
 
+struct MersenneTwister {
+  uint32_t* state;  // 624 words
+  int next;         // the word to be taken next; 624: the state has to move on first
+};
+
+struct TorchNormalArgs {
+  MersenneTwister* twister;
+  int64_t count;  // at least 16
+  float* values;  // out's own memory where that is float32
+  Array out;
+  int threads;
+};
+
 struct GroupNormArgs {
   int64_t samples, channels, spatial, groups;
   bool channels_last, silu;
@@ -120,6 +133,7 @@ namespace cpu {
   const char* sampler_step(const StepArgs& args);     \
   void add_noise(const NoiseArgs& args);              \
   void philox_normal(const NoiseArgs& args);          \
+  void torch_normal(const TorchNormalArgs& args);     \
   void group_norm_silu(const GroupNormArgs& args);    \
   void attention(const AttentionArgs& args);          \
   void guidance_weights(const WeightsArgs& args);     \

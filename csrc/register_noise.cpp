@@ -1,4 +1,8 @@
 // Tensors in, raw pointers to the kernels, tensors out: noise. Arguments were checked in fastdiff/ops.
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <mutex>
+
 #include "tensors.h"
 
 namespace fastdiff {
@@ -42,11 +46,35 @@ Tensor philox_normal(const Tensor& seeds, const std::vector<int64_t>& shape, int
   return out;
 }
 
+// torch.randn(shape, generator, dtype), bit for bit, on a processor with AVX2; the generator moves on alike.
+Tensor torch_normal(const std::optional<at::Generator>& generator, const std::vector<int64_t>& shape,
+                    at::ScalarType dtype) {
+  const at::Generator chosen = generator ? *generator : at::detail::getDefaultCPUGenerator();
+  auto* own = chosen.get<at::CPUGeneratorImpl>();
+  const Tensor out = at::empty(shape, at::TensorOptions().dtype(dtype));
+  const Tensor values = dtype == at::kFloat ? out : at::empty(shape, at::TensorOptions().dtype(at::kFloat));
+  const std::lock_guard<std::mutex> lock(own->mutex_);
+  at::mt19937 engine = own->engine();
+  at::mt19937_data_pod data = engine.data();
+  constexpr int words = at::MERSENNE_STATE_N;
+  MersenneTwister twister{data.state_.data(), data.left_ == 1 ? words : static_cast<int>(data.next_)};
+  TorchNormalArgs args{&twister, out.numel(), values.data_ptr<float>(), array(out), at::get_num_threads()};
+#ifdef FASTDIFF_X86
+  cpu::AVX2::torch_normal(args);
+#endif
+  data.next_ = static_cast<uint32_t>(twister.next);
+  data.left_ = words - twister.next + 1;
+  engine.set_data(data);
+  own->set_engine(engine);
+  return out;
+}
+
 }  // namespace
 
 void register_noise(py::module_& m) {
   m.def("add_noise", &add_noise);
   m.def("philox_normal", &philox_normal);
+  m.def("torch_normal", &torch_normal);
 }
 
 }  // namespace fastdiff

@@ -16,6 +16,7 @@ from fastdiff.ops.calling import call as _call
 from fastdiff.ops.calling import explanation
 from fastdiff.ops.dispatch import REGISTERED, Report, report
 from fastdiff.ops.prepass import dynamic_threshold, guidance_weights, langevin_step_size
+from fastdiff.ops.torch_noise import torch_normal
 
 __all__ = [
     "Report",
@@ -30,6 +31,7 @@ __all__ = [
     "philox_normal",
     "report",
     "sampler_step",
+    "torch_normal",
 ]
 
 

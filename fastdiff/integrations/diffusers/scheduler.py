@@ -169,7 +169,10 @@ class IndexedScheduler(Scheduler):
 
 def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Standard normal noise as diffusers draws it, so that the generator moves on alike."""
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+    dtype = dtype or like.dtype
+    if like.device.type == "cpu" and not isinstance(generator, list):
+        return ops.torch_normal(like.shape, generator=generator, dtype=dtype)
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
 
 
 def _step(
