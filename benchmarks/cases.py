@@ -9,10 +9,9 @@ from dataclasses import dataclass
 class Case:
     """One thing that several contenders do.
 
-    operator: a registered operator, "torch_normal", "drop_in" for a scheduler's step through the interface of diffusers,
-    or "sampling" for the whole loop. variant: which kind of call; the builders in
-    `operators` and `sampling` know the names. shape: of the main input; attention (B, H, Lq, D). quick: measured by
-    `--quick` too.
+    operator: a registered operator, "torch_normal", "drop_in" for a scheduler's step through diffusers' interface, or
+    "sampling" for the whole loop. variant: which kind of call; the builders in `operators`, `drop_in` and `sampling`
+    know the names. shape: of the main input; attention (B, H, Lq, D). quick: measured by `--quick` too.
     """
 
     operator: str

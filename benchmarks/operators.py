@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import drop_in, schedulers
+from benchmarks import schedulers
 from benchmarks.cases import Case
 from benchmarks.work import AUTOMATIC, Work
 from fastdiff import ops
@@ -240,7 +240,7 @@ def torch_normal(case: Case, device: torch.device) -> Work:
     )
 
 
-BUILDERS: dict[str, Callable[[Case, torch.device], Work | None]] = {
+BUILDERS: dict[str, Callable[[Case, torch.device], Work]] = {
     "sampler_step": sampler_step,
     "group_norm_silu": group_norm_silu,
     "attention": attention,
@@ -250,5 +250,4 @@ BUILDERS: dict[str, Callable[[Case, torch.device], Work | None]] = {
     "dynamic_threshold": dynamic_threshold,
     "langevin_step_size": langevin_step_size,
     "torch_normal": torch_normal,
-    "drop_in": drop_in.build,
 }

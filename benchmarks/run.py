@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import fastdiff
-from benchmarks import cases, gate, measure, operators, record, sampling, table
+from benchmarks import cases, drop_in, gate, measure, operators, record, sampling, table
 from benchmarks.cases import Case
 from benchmarks.work import AUTOMATIC, OURS, Contender, Work
 from fastdiff.errors import BackendError, CheckpointError, InputError
@@ -116,10 +116,12 @@ def run_case(
 
 
 def _build(case: Case, device: torch.device) -> Work | None:
-    if case.operator != "sampling":
+    if case.operator not in ("sampling", "drop_in"):
         return operators.BUILDERS[case.operator](case, device)
     if importlib.util.find_spec("diffusers") is None:
         return _skip(case, "diffusers is not installed")
+    if case.operator == "drop_in":
+        return drop_in.build(case, device)
     try:
         return sampling.build(case, device)
     except CheckpointError as error:
