@@ -135,7 +135,7 @@ def _loop(
         )
         x = step.x
         if step.history is not None:
-            history = (step.history, *history[:2])
+            history = (step.history, *history)[: table.depth]
         if step.anchor is not None:
             anchor = step.anchor
         if step.model_input is not None:

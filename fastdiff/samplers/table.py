@@ -131,6 +131,11 @@ class StepTable:
         return tuple(_use(row) for row in self.rows)
 
     @cached_property
+    def depth(self) -> int:
+        """How many tensors of history a row reads at most; older ones can be forgotten."""
+        return max(use.history for use in self.uses)
+
+    @cached_property
     def levels(self) -> Array:
         """(signal, noise) of the state that each row starts from, (R, 2)."""
         return np.concatenate([[self.init_level], self.rows[:-1, KNOWN]])

@@ -201,7 +201,7 @@ def _step(
     else:
         data = step.anchor if run.data == "anchor" else None
         if step.history is not None:
-            run.history = (step.history, *run.history[:2])
+            run.history = (step.history, *run.history)[: table.depth]
     if step.anchor is not None and run.data != "anchor":
         run.anchor = step.anchor
     return step.x, data

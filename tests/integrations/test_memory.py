@@ -1,0 +1,65 @@
+"""What a drop-in scheduler holds on to, and what a step asks for: the state, the history and one output."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from drop_in import network
+from torch import Tensor
+
+import fastdiff.integrations.diffusers as drop_in
+from fastdiff.integrations.diffusers.scheduler import Scheduler
+
+SHAPE = (1, 4, 64, 64)
+# Tensors of the sample's size that a class keeps between steps, with its own defaults; the others keep none.
+KEPT = {
+    "DPMSolverMultistepScheduler": 1,
+    "DPMSolverMultistepInverseScheduler": 1,
+    "DPMSolverSinglestepScheduler": 2,
+    "DPMSolverSDEScheduler": 2,
+    "EDMDPMSolverMultistepScheduler": 1,
+    "UniPCMultistepScheduler": 3,
+    "DEISMultistepScheduler": 1,
+    "SASolverScheduler": 3,
+    "HeunDiscreteScheduler": 2,
+    "KDPM2DiscreteScheduler": 2,
+    "KDPM2AncestralDiscreteScheduler": 2,
+    "FlowMatchHeunDiscreteScheduler": 2,
+    "LMSDiscreteScheduler": 3,
+    "PNDMScheduler": 4,
+    "IPNDMScheduler": 3,
+}
+CLASSES = [
+    name
+    for name, value in vars(drop_in).items()
+    if isinstance(value, type) and issubclass(value, Scheduler) and hasattr(value, "step")
+]
+
+
+def held(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Tensors of the sample's size reachable from an object's attributes."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if value.numel() == torch.Size(SHAPE).numel():
+            yield value
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from held(item, seen)
+    elif isinstance(value, dict):
+        yield from held(list(value.values()), seen)
+    elif hasattr(value, "__dict__"):
+        yield from held(vars(value), seen)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_held_between_steps(name):
+    scheduler = getattr(drop_in, name)()
+    scheduler.set_timesteps(10)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps[:7]:
+        inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(network(inputs, t), t, x, return_dict=False)[0]
+        storages = {tensor.untyped_storage()._cdata for tensor in held(scheduler, set())}
+        assert len(storages) <= KEPT.get(name, 0)
