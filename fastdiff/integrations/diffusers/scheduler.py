@@ -55,7 +55,7 @@ class Scheduler:
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
         self._timesteps = value
-        self._times = [] if value.is_meta else value.tolist()
+        self._times = [] if value is None or value.is_meta else value.tolist()
         self._run = None
 
     def _position(self, timestep: Any) -> int | None:
@@ -83,31 +83,44 @@ class Scheduler:
         *,
         noise: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x' in `dtype` (the sample's unless said) and the data prediction in float32 where the table gives it.
 
-        History and anchor move on in `run`.
+        scales are those of `ops.sampler_step`. History and anchor move on in `run`.
         """
         if sample.dtype != dtype and dtype is not None and sample.dtype != torch.float32:
             sample = sample.float()
         if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
             with use_backend("reference"):
-                x, data = _step(run, row, sample, model_output, noise)
+                x, data = _step(run, row, sample, model_output, noise, scales)
         else:
-            x, data = _step(run, row, sample, model_output, noise)
+            x, data = _step(run, row, sample, model_output, noise, scales)
         return x if dtype is None else x.to(dtype), data
 
 
 class IndexedScheduler(Scheduler):
     """A scheduler that counts its steps: `_step_index` is looked up once and then rises by one a step.
 
+    `sigmas`, which some classes keep on the device, is known as numbers as `timesteps` is.
+
     A class says how its table is made (`_table`), and up to how many earlier steps its rows depend on (`_memory`).
     """
 
-    sigmas: Tensor
+    _sigmas: Tensor
+    _levels: list[float]
     _step_index: int | None
     _begin_index: int | None
     lower_order_nums: int = 0
+
+    @property
+    def sigmas(self) -> Tensor:
+        return self._sigmas
+
+    @sigmas.setter
+    def sigmas(self, value: Tensor) -> None:
+        self._sigmas = value
+        self._levels = [] if value.is_meta else value.tolist()
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         """The table of the steps from index `start` on, and whether the caller is given the data prediction."""
@@ -173,11 +186,10 @@ def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tens
 
 
 def _step(
-    run: Run, row: int, sample: Tensor, model_output: Tensor, noise: Tensor | None
+    run: Run, row: int, sample: Tensor, model_output: Tensor, noise: Tensor | None, scales: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     table = run.table
     use, rows = table.uses[row], table.tensor(sample.device)
-    scales = None
     if table.threshold is not None and use.data:
         percentile, maximum = table.threshold.percentile, table.threshold.maximum
         scales = ops.dynamic_threshold(sample, model_output, rows, row, percentile=percentile, maximum=maximum)
