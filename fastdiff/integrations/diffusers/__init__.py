@@ -8,8 +8,17 @@ diffusers looks for it in the module that a saved pipeline names.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.flow_match import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 
-__all__ = ["DPMSolverMultistepScheduler", "SchedulerMixin"]
+__all__ = [
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "SchedulerMixin",
+]
 
 for _name in __all__:
     if _name != "SchedulerMixin":

@@ -46,6 +46,7 @@ class Scheduler:
     alphas_cumprod: Tensor
     _timesteps: Tensor
     _times: list[float]
+    _starts: dict[float, int] | None = None
     _run: Run | None = None
 
     @property
@@ -56,6 +57,7 @@ class Scheduler:
     def timesteps(self, value: Tensor) -> None:
         self._timesteps = value
         self._times = [] if value is None or value.is_meta else value.tolist()
+        self._starts = None
         self._run = None
 
     def _position(self, timestep: Any) -> int | None:
@@ -65,7 +67,18 @@ class Scheduler:
         times = self._timesteps
         if timestep.untyped_storage()._cdata != times.untyped_storage()._cdata or timestep.dtype != times.dtype:
             return None
-        return (timestep.storage_offset() - times.storage_offset()) // max(times.stride(0), 1)
+        offset = int(timestep.storage_offset()) - int(times.storage_offset())
+        place, rest = divmod(offset, max(times.stride(0), 1))
+        return place if rest == 0 and 0 <= place < times.numel() else None
+
+    def _positions(self, timesteps: Tensor) -> list[int] | None:
+        """The same of each element of a one-dimensional tensor: a slice, or one element that was expanded."""
+        count = timesteps.numel()
+        first, last = (self._position(end) for end in (timesteps[:1], timesteps[-1:]))
+        if first is None or last is None:
+            return None
+        step, rest = divmod(last - first, max(count - 1, 1))
+        return [first + place * step for place in range(count)] if rest == 0 else None
 
     def _time(self, timestep: Any) -> float:
         """The timestep as a number. A tensor that was not taken out of `timesteps` has to be waited for."""
@@ -141,10 +154,14 @@ class IndexedScheduler(Scheduler):
         if not self._times:
             position = self._position(time)
             return 0 if position is None else position
-        found = [index for index, other in enumerate(self._times) if other == time]
-        if not found:
-            return int(self.index_for_timestep(time))  # type: ignore[attr-defined]
-        return found[min(1, len(found) - 1)]
+        if self._starts is None:
+            found: dict[float, list[int]] = {}
+            for index, other in enumerate(self._times):
+                found.setdefault(other, []).append(index)
+            self._starts = {other: places[min(1, len(places) - 1)] for other, places in found.items()}
+        if time in self._starts:
+            return self._starts[time]
+        return int(self.index_for_timestep(time))  # type: ignore[attr-defined]
 
     def _at(self, timestep: Any) -> tuple[Run, int]:
         """The run and its row for the step that is due."""
