@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHe
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.noising import ScaleNoise, at_indices
-from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, draw
+from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, draw, refuse_index
 from fastdiff.integrations.diffusers.tables import flow_schedule, levels, table
 from fastdiff.samplers.table import StepTable
 
@@ -137,12 +137,6 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         if noised is None:
             noised = super().scale_noise(sample, timestep, noise)  # type: ignore[misc]
         return noised
-
-
-def refuse_index(timestep: Any) -> None:
-    """ValueError for a whole number, which is an index rather than a timestep."""
-    if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
-        raise ValueError(f"step: expected one of the scheduler's timesteps, got the whole number {timestep!r}")
 
 
 def _result(kind: Any, x: Tensor, return_dict: bool) -> Any:

@@ -14,7 +14,7 @@ from fastdiff.config import use_backend
 from fastdiff.integrations.diffusers.tables import DataSlot, data_slot
 from fastdiff.samplers.table import StepTable
 
-__all__ = ["IndexedScheduler", "Run", "Scheduler", "draw"]
+__all__ = ["IndexedScheduler", "Run", "Scheduler", "draw", "refuse_index"]
 
 
 @dataclass
@@ -200,6 +200,12 @@ class IndexedScheduler(Scheduler):
 def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Standard normal noise as diffusers draws it, so that the generator moves on alike."""
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+
+
+def refuse_index(timestep: Any) -> None:
+    """ValueError for a whole number, which is an index rather than a timestep."""
+    if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
+        raise ValueError(f"step: expected one of the scheduler's timesteps, got the whole number {timestep!r}")
 
 
 def _step(
