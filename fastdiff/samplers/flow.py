@@ -3,12 +3,14 @@
 Lipman et al. 2023, "Flow Matching for Generative Modeling"; Liu et al. 2023, "Flow Straight and Fast".
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
 from fastdiff.errors import InputError
 from fastdiff.parameterization import Linear
+from fastdiff.samplers.churn import CHURN_OPTIONS, Churn, churn_from
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import Coefficients, MethodInfo, Row, StepTable, flag, make_row, make_table
 
@@ -42,22 +44,41 @@ def _euler_rows(problem: Problem, stochastic: bool, inverted: bool) -> Iterator[
         yield make_row(problem, point, new_x, to=end, data=data)
 
 
-def flow_heun(problem: Problem) -> StepTable:
+def flow_heun(
+    problem: Problem,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float | None = None,
+    s_noise: float = 1.0,
+) -> StepTable:
     """x~ = x + h u, x' = x + h/2 (u + u~), with h = t' - t, u = (x - D)/t at (x, t) and u~ at (x~, t').
 
     Two rows a step: the first gives x~ and keeps the anchor x + h/2 u, the second adds h/2 u~ to it. A step to t' = 0
     is Euler's, one row.
+
+    s_churn, s_tmin, s_tmax, s_noise    noise as diffusers' FlowMatchHeunDiscreteScheduler adds it, which takes nothing
+            off the signal and does not call the network again: x + s_noise sqrt(s^2 - t^2) z, (t/s) u and h = t' - s
+            in place of x, u and h, with s = (1 + gamma) t; gamma = min(s_churn / evaluations, sqrt(2) - 1) where
+            s_tmin <= t <= s_tmax, else 0, of the evaluations of the whole grid.
     """
-    return make_table("flow_heun", problem, _heun_rows(problem))
+    churn = churn_from("flow_heun", s_churn, s_tmin, s_tmax, s_noise)
+    return make_table("flow_heun", problem, _heun_rows(problem, churn))
 
 
-def _heun_rows(problem: Problem) -> Iterator[Row]:
+def _heun_rows(problem: Problem, churn: Churn) -> Iterator[Row]:
+    evaluations = 2 * (problem.grid.skipped + problem.grid.steps) - (problem.grid.sigmas[-1] == 0.0)
     for start, end in pairwise(problem.points()):
-        h, u = end.sigma - start.sigma, _velocity(problem, start)
+        t, u = start.sigma, _velocity(problem, start)
+        gamma = min(churn.s_churn / evaluations, math.sqrt(2.0) - 1.0) if churn.s_tmin <= t <= churn.s_tmax else 0.0
+        h = end.sigma - (1.0 + gamma) * t
+        u = {name: value / (1.0 + gamma) for name, value in u.items()}
+        noise = {"noise": churn.s_noise * t * math.sqrt(gamma * (2.0 + gamma))}
         if end.sigma == 0.0:
-            yield make_row(problem, start, _moved("x", h, u), to=end)
+            yield make_row(problem, start, {**_moved("x", h, u), **noise}, to=end)
             return
-        yield make_row(problem, start, _moved("x", h, u), to=end, anchor=_moved("x", 0.5 * h, u))
+        anchor = {**_moved("x", 0.5 * h, u), **noise}
+        yield make_row(problem, start, {**_moved("x", h, u), **noise}, to=end, anchor=anchor)
         yield make_row(problem, end, _moved("anchor", 0.5 * h, _velocity(problem, end)), to=end)
 
 
@@ -100,7 +121,7 @@ HEUN = MethodInfo(
     stochastic=False,
     evaluations_per_step=2,
     history=0,
-    options={},
+    options=CHURN_OPTIONS,
     kinds=("flow",),
     diffusers={"spacing": "linspace"},
     rows=flow_heun,

@@ -115,6 +115,26 @@ def test_heun_is_diffusers(steps, shift):
         assert_parity(build("flow_heun", steps, schedule_of(scheduler), spacing="linspace"), scheduler)
 
 
+@pytest.mark.parametrize("churn", [{"s_churn": 4.0}, {"s_churn": 90.0, "s_tmin": 0.2, "s_tmax": 0.8, "s_noise": 0.9}])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_churn_of_heun(prediction, churn):
+    """The formula of the docstring in a loop of its own."""
+    steps, generator = 6, np.random.default_rng(0)
+    table = build("flow_heun", steps, prediction=prediction, **churn)
+    x, z = np.linspace(-2.0, 2.0, 9), generator.standard_normal((2 * steps - 1, 9))
+    states = list(trajectory(model(prediction), table, x, lambda row: z[row]))
+    for i in range(steps):
+        t, t1 = 1 - i / steps, 1 - (i + 1) / steps
+        inside = churn.get("s_tmin", 0.0) <= t <= churn.get("s_tmax", 2.0)
+        s = t * (1.0 + (min(churn["s_churn"] / (2 * steps - 1), np.sqrt(2) - 1) if inside else 0.0))
+        u, h = velocity(x, t) * t / s, t1 - s
+        x = x + churn.get("s_noise", 1.0) * np.sqrt(s * s - t * t) * z[2 * i]
+        np.testing.assert_allclose(states[2 * i], x + h * u, rtol=1e-9, atol=1e-12)
+        if i + 1 < steps:
+            x = x + h / 2 * (u + velocity(x + h * u, t1))
+            np.testing.assert_allclose(states[2 * i + 1], x, rtol=1e-9, atol=1e-12)
+
+
 DYNAMIC = {"use_dynamic_shifting": True}
 CONFIGURATIONS = {
     "stochastic": ({"stochastic_sampling": True}, {}, {"stochastic": True}),

@@ -7,9 +7,22 @@ diffusers looks for it in the module that a saved pipeline names.
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from fastdiff.integrations.diffusers.consistency_models import CMStochasticIterativeScheduler
 from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.flow_match import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+from fastdiff.integrations.diffusers.score_sde import ScoreSdeVeScheduler
 
-__all__ = ["DPMSolverMultistepScheduler", "SchedulerMixin"]
+__all__ = [
+    "CMStochasticIterativeScheduler",
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "SchedulerMixin",
+    "ScoreSdeVeScheduler",
+]
 
 for _name in __all__:
     if _name != "SchedulerMixin":

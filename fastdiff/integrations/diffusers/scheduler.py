@@ -14,7 +14,7 @@ from fastdiff.config import use_backend
 from fastdiff.integrations.diffusers.tables import DataSlot, data_slot
 from fastdiff.samplers.table import StepTable
 
-__all__ = ["IndexedScheduler", "Run", "Scheduler", "draw"]
+__all__ = ["IndexedScheduler", "Run", "Scheduler", "draw", "refuse_index"]
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Scheduler:
     alphas_cumprod: Tensor
     _timesteps: Tensor
     _times: list[float]
+    _starts: dict[float, int] | None = None
     _run: Run | None = None
 
     @property
@@ -55,7 +56,8 @@ class Scheduler:
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
         self._timesteps = value
-        self._times = [] if value.is_meta else value.tolist()
+        self._times = [] if value is None or value.is_meta else value.tolist()
+        self._starts = None
         self._run = None
 
     def _position(self, timestep: Any) -> int | None:
@@ -65,7 +67,18 @@ class Scheduler:
         times = self._timesteps
         if timestep.untyped_storage()._cdata != times.untyped_storage()._cdata or timestep.dtype != times.dtype:
             return None
-        return (timestep.storage_offset() - times.storage_offset()) // max(times.stride(0), 1)
+        offset = int(timestep.storage_offset()) - int(times.storage_offset())
+        place, rest = divmod(offset, max(times.stride(0), 1))
+        return place if rest == 0 and 0 <= place < times.numel() else None
+
+    def _positions(self, timesteps: Tensor) -> list[int] | None:
+        """The same of each element of a one-dimensional tensor: a slice, or one element that was expanded."""
+        count = timesteps.numel()
+        first, last = (self._position(end) for end in (timesteps[:1], timesteps[-1:]))
+        if first is None or last is None:
+            return None
+        step, rest = divmod(last - first, max(count - 1, 1))
+        return [first + place * step for place in range(count)] if rest == 0 else None
 
     def _time(self, timestep: Any) -> float:
         """The timestep as a number. A tensor that was not taken out of `timesteps` has to be waited for."""
@@ -83,31 +96,44 @@ class Scheduler:
         *,
         noise: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x' in `dtype` (the sample's unless said) and the data prediction in float32 where the table gives it.
 
-        History and anchor move on in `run`.
+        scales are those of `ops.sampler_step`. History and anchor move on in `run`.
         """
         if sample.dtype != dtype and dtype is not None and sample.dtype != torch.float32:
             sample = sample.float()
         if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
             with use_backend("reference"):
-                x, data = _step(run, row, sample, model_output, noise)
+                x, data = _step(run, row, sample, model_output, noise, scales)
         else:
-            x, data = _step(run, row, sample, model_output, noise)
+            x, data = _step(run, row, sample, model_output, noise, scales)
         return x if dtype is None else x.to(dtype), data
 
 
 class IndexedScheduler(Scheduler):
     """A scheduler that counts its steps: `_step_index` is looked up once and then rises by one a step.
 
+    `sigmas`, which some classes keep on the device, is known as numbers as `timesteps` is.
+
     A class says how its table is made (`_table`), and up to how many earlier steps its rows depend on (`_memory`).
     """
 
-    sigmas: Tensor
+    _sigmas: Tensor
+    _levels: list[float]
     _step_index: int | None
     _begin_index: int | None
     lower_order_nums: int = 0
+
+    @property
+    def sigmas(self) -> Tensor:
+        return self._sigmas
+
+    @sigmas.setter
+    def sigmas(self, value: Tensor) -> None:
+        self._sigmas = value
+        self._levels = [] if value.is_meta else value.tolist()
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         """The table of the steps from index `start` on, and whether the caller is given the data prediction."""
@@ -128,10 +154,14 @@ class IndexedScheduler(Scheduler):
         if not self._times:
             position = self._position(time)
             return 0 if position is None else position
-        found = [index for index, other in enumerate(self._times) if other == time]
-        if not found:
-            return int(self.index_for_timestep(time))  # type: ignore[attr-defined]
-        return found[min(1, len(found) - 1)]
+        if self._starts is None:
+            found: dict[float, list[int]] = {}
+            for index, other in enumerate(self._times):
+                found.setdefault(other, []).append(index)
+            self._starts = {other: places[min(1, len(places) - 1)] for other, places in found.items()}
+        if time in self._starts:
+            return self._starts[time]
+        return int(self.index_for_timestep(time))  # type: ignore[attr-defined]
 
     def _at(self, timestep: Any) -> tuple[Run, int]:
         """The run and its row for the step that is due."""
@@ -175,12 +205,17 @@ def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tens
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
 
 
+def refuse_index(timestep: Any) -> None:
+    """ValueError for a whole number, which is an index rather than a timestep."""
+    if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
+        raise ValueError(f"step: expected one of the scheduler's timesteps, got the whole number {timestep!r}")
+
+
 def _step(
-    run: Run, row: int, sample: Tensor, model_output: Tensor, noise: Tensor | None
+    run: Run, row: int, sample: Tensor, model_output: Tensor, noise: Tensor | None, scales: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     table = run.table
     use, rows = table.uses[row], table.tensor(sample.device)
-    scales = None
     if table.threshold is not None and use.data:
         percentile, maximum = table.threshold.percentile, table.threshold.maximum
         scales = ops.dynamic_threshold(sample, model_output, rows, row, percentile=percentile, maximum=maximum)

@@ -31,10 +31,10 @@ PREDICTIONS = {
 _KEPT_TABLES = 64
 
 
-def levels(sigmas: Tensor, *, flow: bool = False) -> tuple[Array, Array]:
+def levels(sigmas: Tensor | Sequence[float], *, flow: bool = False) -> tuple[Array, Array]:
     """(alpha, sigma) of levels as diffusers holds them: sigma / alpha of a schedule that keeps the variance, or the
     sigma of a flow, whose alpha is 1 - sigma."""
-    level = sigmas.double().numpy()
+    level = np.asarray(sigmas, dtype=np.float64)
     if flow:
         return 1.0 - level, level
     alphas = 1.0 / np.sqrt(1.0 + level**2)
@@ -120,6 +120,12 @@ def _custom(alphas_cumprod: tuple[float, ...]) -> Schedule:
 def schedule_of(alphas_cumprod: Tensor) -> Schedule:
     """Their own schedule, value for value; equal ones are one object, so that tables are shared."""
     return _custom(tuple(alphas_cumprod.double().tolist()))
+
+
+@lru_cache(maxsize=_KEPT_TABLES)
+def flow_schedule(steps: int) -> Schedule:
+    """The flow schedule of so many training timesteps; equal ones are one object, so that tables are shared."""
+    return schedules.flow(steps)
 
 
 def threshold_of(config: Mapping[str, Any]) -> Threshold | None:

@@ -1,0 +1,164 @@
+"""Flow matching: Euler and Heun."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteSchedulerOutput
+from torch import Tensor
+
+from fastdiff.integrations.diffusers.noising import ScaleNoise, at_indices
+from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, draw, refuse_index
+from fastdiff.integrations.diffusers.tables import flow_schedule, levels, table
+from fastdiff.samplers.table import StepTable
+
+_Churn = tuple[float, float, float, float]
+_LONG_STEP = 100.0
+"""So many times the level that it ends at, a step of Heun shows in 1e-6 of x how diffusers rounds."""
+
+
+class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+    """Rows of `flow_euler`; time that runs the other way (`invert_sigmas`) makes their levels rise."""
+
+    def _table(self, start: int) -> tuple[StepTable, bool]:
+        config = self.config
+        options = {"stochastic": config.stochastic_sampling}
+        return _flow_table("flow_euler", config, self._levels[start:], self._times[start:], start, options), False
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """The state at the next level, in the dtype of `model_output`; s_churn to s_noise change nothing."""
+        refuse_index(timestep)
+        if per_token_timesteps is not None:
+            tokens = {"per_token_timesteps": per_token_timesteps, "return_dict": return_dict}
+            return super().step(model_output, timestep, sample, generator=generator, **tokens)  # type: ignore[misc]
+        run, row = self._at(timestep)
+        noise = draw(sample, generator, torch.float32) if self.config.stochastic_sampling else None
+        x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
+        self._advance()
+        return _result(FlowMatchEulerDiscreteSchedulerOutput, x, return_dict)
+
+
+class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDiscreteScheduler):
+    """Rows of `flow_heun`, with its churn. Each level but the ends stands twice in `sigmas`, for the two calls of a
+    step; `dt` is None before the first of them."""
+
+    dt: Any
+    prev_derivative: Tensor | None
+    _churn: _Churn = (0.0, 0.0, math.inf, 1.0)
+
+    def _table(self, start: int) -> tuple[StepTable, bool]:
+        points = [self._levels[start], *self._levels[start + 1 :: 2]]
+        s_churn, s_tmin, s_tmax, s_noise = self._churn
+        # They are compared with float32 levels.
+        ends = {"s_tmin": float(np.float32(s_tmin)), "s_tmax": float(np.float32(s_tmax))}
+        options = {"s_churn": s_churn, "s_noise": s_noise, **ends}
+        return _flow_table("flow_heun", self.config, points, points, start // 2, options), False
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> FlowMatchHeunDiscreteSchedulerOutput | tuple[Tensor]:
+        """The state at the next level, first by Euler and, called again, by Heun; in the dtype of `model_output`.
+
+        s_churn, s_tmin, s_tmax, s_noise    those of `samplers.flow.flow_heun`
+        """
+        refuse_index(timestep)
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        index = self._step_index
+        assert index is not None
+        first = self.dt is None
+        if self.prev_derivative is not None or (first and not self._has_rows(index, s_churn)):
+            churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+            theirs = super().step  # type: ignore[misc]
+            return theirs(model_output, timestep, sample, **churn, generator=generator, return_dict=return_dict)
+        noise = None
+        if s_churn > 0.0 and np.float32(s_tmin) <= self._levels[index if first else index - 1] <= np.float32(s_tmax):
+            noise = draw(model_output, generator)
+        m = model_output
+        if first:
+            self._set_churn((s_churn, s_tmin, s_tmax, s_noise))
+            self.dt = self._levels[index + 1] - self._levels[index]
+        else:
+            if self._is_long(index - 1):
+                m = _rounded(m, sample.float(), self._levels[index])
+            self.dt = None
+        run, row = self._at(timestep)
+        x, _ = self._apply(run, row, sample, m, noise=noise, dtype=model_output.dtype)
+        self._advance()
+        return _result(FlowMatchHeunDiscreteSchedulerOutput, x, return_dict)
+
+    def _has_rows(self, index: int, s_churn: float) -> bool:
+        """Whether there are rows for the step of two calls that begins here. A run that was told to begin between two
+        calls stays at their level, and the rounding of a long step depends on its noise."""
+        return index % 2 == 0 and not (s_churn > 0.0 and self._is_long(index))
+
+    def _is_long(self, index: int) -> bool:
+        start, end = self._levels[index : index + 2]
+        return end > 0.0 and abs(end - start) > _LONG_STEP * end
+
+    def _set_churn(self, churn: _Churn) -> None:
+        """A step with another churn than the one before begins a table of its own."""
+        if churn != self._churn:
+            self._churn = churn
+            self._run = None
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+        """(1 - sigma) x + sigma z at the step that is due, or at `timestep` before the first."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        assert self._step_index is not None
+        noised = at_indices(self, "flow", sample, noise, [self._step_index])
+        if noised is None:
+            noised = super().scale_noise(sample, timestep, noise)  # type: ignore[misc]
+        return noised
+
+
+def _result(kind: Any, x: Tensor, return_dict: bool) -> Any:
+    return kind(prev_sample=x) if return_dict else (x,)
+
+
+def _rounded(m: Tensor, x: Tensor, sigma: float) -> Tensor:
+    """u as diffusers has it, from x and the data prediction: the less is left of it, the smaller sigma is."""
+    return (x - (x - sigma * m)) / sigma
+
+
+def _flow_table(
+    method: str, config: Any, points: list[float], times: list[float], skipped: int, options: dict[str, Any]
+) -> StepTable:
+    alphas, sigmas = levels(points, flow=True)
+    return table(
+        method,
+        schedule=flow_schedule(config.num_train_timesteps),
+        prediction="flow",
+        timesteps=times,
+        alphas=alphas,
+        sigmas=sigmas,
+        skipped=skipped,
+        options=options,
+    )

@@ -1,0 +1,145 @@
+"""The score SDE whose variance explodes: predictor and Langevin corrector."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import lru_cache
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastdiff import schedules
+from fastdiff.integrations.diffusers.scheduler import Run, Scheduler, draw
+from fastdiff.integrations.diffusers.tables import table
+from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_X
+from fastdiff.samplers.table import StepTable
+from fastdiff.schedules import Array, Schedule
+
+
+class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
+    """Rows of `reverse_sde` by reverse diffusion, and that of its corrector."""
+
+    _discrete_sigmas: Tensor
+    _levels: tuple[float, ...]
+
+    @property
+    def discrete_sigmas(self) -> Tensor:
+        return self._discrete_sigmas
+
+    @discrete_sigmas.setter
+    def discrete_sigmas(self, value: Tensor) -> None:
+        self._discrete_sigmas = value
+        self._levels = tuple(value.tolist())
+        self._run = None
+
+    def step_pred(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> SdeVeOutput | tuple[Tensor, Tensor]:
+        """The state at the next level, and that state without its noise."""
+        self._check_timesteps()
+        if isinstance(timestep, Tensor) and timestep.numel() != 1:
+            options = {"generator": generator, "return_dict": return_dict}
+            return super().step_pred(model_output, timestep, sample, **options)  # type: ignore[misc]
+        run, row = self._row(timestep)
+        noise = draw(sample, generator)
+        x, mean = self._apply(run, row, sample, model_output, noise=noise, dtype=_dtype(sample, model_output))
+        assert mean is not None
+        mean = mean.to(x.dtype)
+        return SdeVeOutput(prev_sample=x, prev_sample_mean=mean) if return_dict else (x, mean)
+
+    def step_correct(
+        self, model_output: Tensor, sample: Tensor, generator: Any = None, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """x + e s + sqrt(2 e) z, s the score and e = 2 (snr |z| / |s|)^2 with the norms' means over the batch."""
+        self._check_timesteps()
+        # Drawn on the CPU and moved, as diffusers does it.
+        noise = randn_tensor(sample.shape, generator=generator, layout=sample.layout)
+        noise = noise.to(sample.device, non_blocking=True)
+        scales = _langevin_scales(model_output, noise, self.config.snr)
+        run = Run(_corrector(), 0, None, None)
+        x, _ = self._apply(run, 0, sample, model_output, noise=noise, scales=scales, dtype=_dtype(sample, model_output))
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def _check_timesteps(self) -> None:
+        if self.timesteps is None:
+            raise ValueError("step: expected a scheduler with timesteps, got none; call set_timesteps first")
+
+    def _row(self, timestep: float | Tensor) -> tuple[Run, int]:
+        """The rows of all levels from the last to the first, and that of this time in [0, 1]."""
+        run = self._run
+        if run is None:
+            run = self._run = Run(_predictor(self._levels), 0, None, "anchor")
+        # float32, as the index is found there: the product may fall on either side of a whole number.
+        level = int(np.float32(self._time(timestep)) * np.float32(len(self._times) - 1))
+        row = len(run.table) - 1 - level
+        if row < 0:
+            raise IndexError(f"step_pred: the timestep is at level {level}, and there are {len(run.table)} levels")
+        return run, row
+
+
+@lru_cache(maxsize=16)
+def _predictor(sigmas: tuple[float, ...]) -> StepTable:
+    """Rows that also write x' without its noise, as the anchor."""
+    # Neighbours among thousands of levels differ by so little that the rounding of diffusers' squares shows. At 0 the
+    # last step would have no noise, which diffusers adds.
+    levels = np.sqrt(np.square(np.array(sigmas[::-1], dtype=np.float32)).astype(np.float64))
+    made = _reverse_sde(np.append(levels, sys.float_info.min), predictor="reverse_diffusion")
+    rows = made.rows.copy()
+    rows[:, NEW_ANCHOR] = rows[:, NEW_X]
+    rows[:, NEW_ANCHOR.start + INPUTS.index("noise")] = 0.0
+    rows.flags.writeable = False
+    return made.with_rows(rows)
+
+
+@lru_cache(maxsize=1)
+def _corrector() -> StepTable:
+    """One row, which is that of every level."""
+    return _reverse_sde(np.ones(2), predictor="none", corrector_steps=1)
+
+
+def _reverse_sde(sigmas: Array, **options: Any) -> StepTable:
+    return table(
+        "reverse_sde",
+        schedule=_schedule(),
+        prediction="score",
+        timesteps=sigmas.tolist(),
+        alphas=np.ones_like(sigmas),
+        sigmas=sigmas,
+        options=options,
+    )
+
+
+@lru_cache(maxsize=1)
+def _schedule() -> Schedule:
+    """Any of the kind: the levels are the scheduler's own."""
+    return schedules.ve()
+
+
+def _langevin_scales(score: Tensor, noise: Tensor, snr: float) -> Tensor:
+    """(inf, e, sqrt(2 e)) for each sample: the same for all, from the norms' means over the batch."""
+    norms = [
+        torch.linalg.vector_norm(
+            value.reshape(len(value), -1), dim=1, dtype=torch.promote_types(value.dtype, torch.float32)
+        )
+        for value in (noise, score)
+    ]
+    size = (2.0 * (snr * norms[0].mean() / norms[1].mean()) ** 2).float()
+    scales = torch.stack((torch.full_like(size, math.inf), size, (2.0 * size).sqrt()))
+    return scales.expand(len(score), 3).contiguous()
+
+
+def _dtype(sample: Tensor, model_output: Tensor) -> torch.dtype:
+    """That of diffusers' results, whose coefficients are float32 tensors."""
+    return torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
