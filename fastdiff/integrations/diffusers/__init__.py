@@ -7,9 +7,23 @@ diffusers looks for it in the module that a saved pipeline names.
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from fastdiff.integrations.diffusers.consistency import LCMScheduler, TCDScheduler
+from fastdiff.integrations.diffusers.ddim import DDIMInverseScheduler, DDIMScheduler
+from fastdiff.integrations.diffusers.ddpm import DDPMScheduler, UnCLIPScheduler
 from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.repaint import RePaintScheduler
 
-__all__ = ["DPMSolverMultistepScheduler", "SchedulerMixin"]
+__all__ = [
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "LCMScheduler",
+    "RePaintScheduler",
+    "SchedulerMixin",
+    "TCDScheduler",
+    "UnCLIPScheduler",
+]
 
 for _name in __all__:
     if _name != "SchedulerMixin":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,18 +84,19 @@ class Scheduler:
         *,
         noise: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        **kept: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """x' in `dtype` (the sample's unless said) and the data prediction in float32 where the table gives it.
 
-        History and anchor move on in `run`.
+        History and anchor move on in `run`. `kept`: the operator's arguments for a kept part of an image.
         """
         if sample.dtype != dtype and dtype is not None and sample.dtype != torch.float32:
             sample = sample.float()
         if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
             with use_backend("reference"):
-                x, data = _step(run, row, sample, model_output, noise)
+                x, data = _step(run, row, sample, model_output, noise, kept)
         else:
-            x, data = _step(run, row, sample, model_output, noise)
+            x, data = _step(run, row, sample, model_output, noise, kept)
         return x if dtype is None else x.to(dtype), data
 
 
@@ -173,7 +175,12 @@ def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tens
 
 
 def _step(
-    run: Run, row: int, sample: Tensor, model_output: Tensor, noise: Tensor | None
+    run: Run,
+    row: int,
+    sample: Tensor,
+    model_output: Tensor,
+    noise: Tensor | None,
+    kept: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     table = run.table
     use, rows = table.uses[row], table.tensor(sample.device)
@@ -192,6 +199,7 @@ def _step(
         scales=scales,
         new_history=use.new_history,
         new_anchor=use.new_anchor,
+        **kept,
     )
     if run.data == "history":
         data = step.history
