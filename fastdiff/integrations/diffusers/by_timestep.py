@@ -222,13 +222,13 @@ class ByTimestep(AlphasCumprod, Scheduler):
     def _take(
         self, found: tuple[Run, int], sample: Tensor, model_output: Tensor, *others: Tensor, **given: Any
     ) -> tuple[Tensor, Tensor]:
-        """x' in the dtype that all the tensors have together, and what the table gives besides it, in float32."""
+        """x' in the dtype that all the tensors have together, and what the table gives besides it."""
         dtype = joint_dtype(sample, model_output, *others)
-        if dtype == torch.float64:
-            sample = sample.double()
-        x, data = self._apply(*found, sample, model_output, dtype=dtype, **given)
+        state = sample.double() if dtype == torch.float64 else sample
+        x, data = self._apply(*found, state, model_output, dtype=dtype, **given)
         assert data is not None
-        return x, data
+        dtype = self._data_dtype(sample, model_output)
+        return x, data if data.dtype == dtype else data.to(dtype)
 
     def _data_dtype(self, sample: Tensor, model_output: Tensor) -> torch.dtype:
         """That of diffusers' data prediction."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import torch
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
@@ -38,9 +39,12 @@ class _Distilled(ByTimestep, IndexedScheduler):
         # Theirs draws none in the last step alone.
         noisy = noisy and self._step_index != self.num_inference_steps - 1
         noise = draw(model_output, generator, dtype) if noisy else None
-        x, given = self._take(found, sample, model_output, noise=noise)
+        result = self._take(found, sample, model_output, noise=noise)
         self._advance()
-        return x, given.to(dtype)
+        return result
+
+    def _data_dtype(self, sample: Tensor, model_output: Tensor) -> torch.dtype:
+        return joint_dtype(sample, model_output)
 
 
 class LCMScheduler(_Distilled, diffusers.LCMScheduler):

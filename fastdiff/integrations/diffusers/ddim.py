@@ -52,7 +52,6 @@ class DDIMScheduler(ByTimestep, diffusers.DDIMScheduler):
             noise = draw(model_output, generator) if variance_noise is None else variance_noise
         others = () if noise is None else (noise,)
         x, data = self._take(found, sample, model_output, *others, noise=noise)
-        data = data.to(self._data_dtype(sample, model_output))
         return DDIMSchedulerOutput(prev_sample=x, pred_original_sample=data) if return_dict else (x, data)
 
 
@@ -78,7 +77,6 @@ class DDIMInverseScheduler(ByTimestep, diffusers.DDIMInverseScheduler):
         if found is None:
             return diffusers.DDIMInverseScheduler.step(self, model_output, timestep, sample, return_dict)
         x, data = self._take(found, sample, model_output)
-        data = data.to(self._data_dtype(sample, model_output))
         return InverseOutput(prev_sample=x, pred_original_sample=data) if return_dict else (x, data)
 
 

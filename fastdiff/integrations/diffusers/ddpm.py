@@ -54,8 +54,7 @@ class _Ancestral(ByTimestep):
         if noise is not None and variance == "learned":
             # Theirs is the variance itself, not its logarithm.
             noise = noise.float() * model_output[:, shape[1] :].float().sqrt()
-        x, data = self._take(found, sample, model_output, noise=noise)
-        return x, data.to(self._data_dtype(sample, model_output))
+        return self._take(found, sample, model_output, noise=noise)
 
 
 class DDPMScheduler(_Ancestral, diffusers.DDPMScheduler):

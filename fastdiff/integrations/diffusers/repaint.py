@@ -56,7 +56,6 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
             "mask": self._anew(mask, sample),
         }
         x, data = self._take(found, sample, model_output, original_image, mask, noise=noise, **kept)
-        data = data.to(self._data_dtype(sample, model_output))
         return RePaintSchedulerOutput(prev_sample=x, pred_original_sample=data) if return_dict else (x, data)
 
     def _anew(self, mask: Tensor, sample: Tensor) -> Tensor:

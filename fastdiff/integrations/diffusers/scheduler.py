@@ -97,7 +97,7 @@ class Scheduler:
                 x, data = _step(run, row, sample, model_output, noise, kept)
         else:
             x, data = _step(run, row, sample, model_output, noise, kept)
-        return x if dtype is None else x.to(dtype), data
+        return x if dtype is None or x.dtype == dtype else x.to(dtype), data
 
 
 class IndexedScheduler(Scheduler):
