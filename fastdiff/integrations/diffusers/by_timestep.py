@@ -1,4 +1,4 @@
-"""Schedulers that look a timestep up in `alphas_cumprod`: its values known to the host, and rows by timestep."""
+"""Schedulers whose step looks its timestep up: rows by timestep."""
 
 from __future__ import annotations
 
@@ -7,92 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff import ops
-from fastdiff.config import use_backend
+from fastdiff.integrations.diffusers.alphas_cumprod import AlphasCumprod, joint_dtype, numbers
 from fastdiff.integrations.diffusers.intervals import Made, Step, giving_another_end, one_step_table
 from fastdiff.integrations.diffusers.scheduler import Run, Scheduler
 from fastdiff.integrations.diffusers.tables import PREDICTIONS, data_slot, threshold_of
 
-__all__ = ["AlphasCumprod", "ByTimestep", "joint_dtype", "numbers"]
-
 _KEPT_LOOKUPS = 1024
 _ALONE = object()
-
-
-class AlphasCumprod:
-    """First base of a scheduler that noises by timestep: `alphas_cumprod` keeps its values on the host too, and its
-    `add_noise` and `get_velocity` are one fused operator and leave the tensor where it is."""
-
-    _alphas_cumprod: Tensor
-    _levels: npt.NDArray[Any]
-    _scales: dict[torch.device, Tensor]
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        return self._alphas_cumprod
-
-    @alphas_cumprod.setter
-    def alphas_cumprod(self, value: Tensor) -> None:
-        if value is self.__dict__.get("_alphas_cumprod"):
-            return
-        self._alphas_cumprod = value
-        self._scales = {}
-        # A copy: where a caller writes into the tensor, the steps go on with what was set.
-        self._levels = np.zeros(0) if value.is_meta else numbers(value).copy()
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha x + sigma noise, each sample at its own timestep."""
-        mixed = self._mixed(original_samples, noise, timesteps, 1)
-        return self._unmoved("add_noise", original_samples, noise, timesteps) if mixed is None else mixed
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha noise - sigma x, each sample at its own timestep."""
-        mixed = self._mixed(noise, sample, timesteps, 2)
-        return self._unmoved("get_velocity", sample, noise, timesteps) if mixed is None else mixed
-
-    def _mixed(self, x: Tensor, noise: Tensor, timesteps: Tensor, second: int) -> Tensor | None:
-        """alpha x + scale noise with the scale of that row of `_scale`; None where theirs has to do it."""
-        dtype = joint_dtype(x, noise)
-        shape = x.shape
-        count = timesteps.numel()
-        if noise.shape != shape or not shape or count not in (1, shape[0]) or x.numel() == 0:
-            return None
-        if dtype == torch.float64 or not dtype.is_floating_point or x.device != noise.device:
-            return None
-        index = timesteps.to(x.device).flatten()
-        if index.dtype not in (torch.int64, torch.int32):
-            return None
-        scales = self._scale(x.device)[:, index]
-        if count != shape[0]:
-            scales = scales.expand(-1, shape[0]).contiguous()
-        x = x.to(dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or noise.requires_grad):
-            with use_backend("reference"):
-                return ops.add_noise(x, scales[0], scales[second], noise=noise)
-        return ops.add_noise(x, scales[0], scales[second], noise=noise)
-
-    def _scale(self, device: torch.device) -> Tensor:
-        """alpha, sigma and -sigma of every timestep, (3, T) float32."""
-        scales = self._scales.get(device)
-        if scales is None:
-            levels = self._levels.astype(np.float64)
-            sigmas = np.sqrt(1.0 - levels)
-            made = np.stack([np.sqrt(levels), sigmas, -sigmas]).astype(np.float32)
-            scales = self._scales[device] = torch.from_numpy(made).to(device)
-        return scales
-
-    def _unmoved(self, name: str, *arguments: Tensor) -> Tensor:
-        """Their method, without the move of `alphas_cumprod` to the samples' device that it brings about."""
-        kept = self._alphas_cumprod
-        try:
-            result: Tensor = getattr(super(), name)(*arguments)
-        finally:
-            self.alphas_cumprod = kept
-        return result
 
 
 @dataclass(frozen=True)
@@ -235,18 +159,3 @@ class ByTimestep(AlphasCumprod, Scheduler):
         if sample.dtype != model_output.dtype and self.config.get("prediction_type") == "sample":
             return model_output.dtype
         return joint_dtype(sample, model_output)
-
-
-def joint_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of a sum of these tensors."""
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype != dtype:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def numbers(tensor: Tensor) -> npt.NDArray[Any]:
-    """The values of a tensor on the host, float32 or float64."""
-    tensor = tensor.detach().cpu()
-    return (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()).numpy()

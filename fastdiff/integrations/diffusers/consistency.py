@@ -12,12 +12,13 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.by_timestep import ByTimestep, joint_dtype
+from fastdiff.integrations.diffusers.alphas_cumprod import Velocity, joint_dtype
+from fastdiff.integrations.diffusers.by_timestep import ByTimestep
 from fastdiff.integrations.diffusers.intervals import Made, Step
 from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, Run, draw
 
 
-class _Distilled(ByTimestep, IndexedScheduler):
+class _Distilled(Velocity, ByTimestep, IndexedScheduler):
     """Where a step leads depends on its index; where it starts, on the timestep that it is called with."""
 
     def _keys(self) -> Sequence[Any]:

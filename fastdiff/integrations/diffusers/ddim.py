@@ -9,12 +9,13 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as InverseOutput
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.alphas_cumprod import Velocity
 from fastdiff.integrations.diffusers.by_timestep import ByTimestep
 from fastdiff.integrations.diffusers.intervals import Made, Step
 from fastdiff.integrations.diffusers.scheduler import draw
 
 
-class DDIMScheduler(ByTimestep, diffusers.DDIMScheduler):
+class DDIMScheduler(Velocity, ByTimestep, diffusers.DDIMScheduler):
     """Rows of `ddim`, each step of the length T // steps."""
 
     _method = "ddim"

@@ -11,7 +11,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_unclip import UnCLIPSchedulerOutput
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.by_timestep import ByTimestep, numbers
+from fastdiff.integrations.diffusers.alphas_cumprod import Noising, Velocity, numbers
+from fastdiff.integrations.diffusers.by_timestep import ByTimestep
 from fastdiff.integrations.diffusers.intervals import Made, Step
 from fastdiff.integrations.diffusers.scheduler import draw
 from fastdiff.ops.row import VARIANCE
@@ -57,7 +58,7 @@ class _Ancestral(ByTimestep):
         return self._take(found, sample, model_output, noise=noise)
 
 
-class DDPMScheduler(_Ancestral, diffusers.DDPMScheduler):
+class DDPMScheduler(Velocity, _Ancestral, diffusers.DDPMScheduler):
     """Rows of `ddpm` with the variance that the configuration names."""
 
     custom_timesteps: bool
@@ -105,7 +106,7 @@ class DDPMScheduler(_Ancestral, diffusers.DDPMScheduler):
         return DDPMSchedulerOutput(prev_sample=x, pred_original_sample=data) if return_dict else result
 
 
-class UnCLIPScheduler(_Ancestral, diffusers.UnCLIPScheduler):
+class UnCLIPScheduler(Noising, _Ancestral, diffusers.UnCLIPScheduler):
     """Rows of `ddpm` between the timesteps that each step is called with."""
 
     _predictions = ("epsilon", "sample")

@@ -60,11 +60,13 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
 
     def _anew(self, mask: Tensor, sample: Tensor) -> Tensor:
         """1 - mask, as the operator wants it; made once for a mask that comes back in every step."""
+        # A tensor of inference mode does not count its changes.
+        version = -1 if mask.is_inference() else mask._version
         kept = self._made_anew
-        if kept is None or kept[0] is not mask or kept[1] != mask._version or kept[2].dim() != sample.dim():
+        if version < 0 or kept is None or kept[0] is not mask or kept[1] != version or kept[2].dim() != sample.dim():
             shape = (1,) * (sample.dim() - mask.dim()) + tuple(mask.shape)
             anew = (1.0 - mask.float()).reshape(shape).expand(*shape[:2], *sample.shape[2:]).contiguous()
-            kept = self._made_anew = (mask, mask._version, anew)
+            kept = self._made_anew = (mask, version, anew)
         return kept[2]
 
     def undo_step(self, sample: Tensor, timestep: int | Tensor, generator: Any = None) -> Tensor:
