@@ -6,12 +6,12 @@ in any number of steps, and more steps of an ordinary denoiser do not converge t
 """
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, repeat
 
 from fastdiff.errors import InputError
 from fastdiff.parameterization import Linear
-from fastdiff.samplers.problem import Point, Problem
+from fastdiff.samplers.problem import Interval, Point, Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, fraction, make_row, make_table
 from fastdiff.schedules.schedule import positive
 
@@ -31,7 +31,8 @@ def lcm(problem: Problem, *, timestep_scaling: float | None = 10.0, sigma_data: 
 
 
 def _lcm_rows(problem: Problem, scale: float | None, sigma_data: float) -> Iterator[Row]:
-    for start, end in pairwise(problem.points()):
+    for interval in problem.intervals():
+        start, end = interval.start, interval.end
         skip, out = (0.0, 1.0) if scale is None else _boundary(start, scale, sigma_data)
         yield make_row(problem, start, {"x": end.alpha * skip, "D": end.alpha * out, "noise": end.sigma}, to=end)
 
@@ -47,30 +48,37 @@ def _boundary(point: Point, scale: float, sigma_data: float) -> tuple[float, flo
     return sigma_data**2 / (u**2 + sigma_data**2), u / math.hypot(u, sigma_data)
 
 
-def tcd(problem: Problem, *, eta: float = 0.3) -> StepTable:
+def tcd(problem: Problem, *, eta: float = 0.3, beyond: Sequence[float] | None = None) -> StepTable:
     """x' = (alpha'/alpha_s) x_s + sqrt(sigma'^2 - (alpha'/alpha_s)^2 sigma_s^2) z, x_s = alpha_s D + sigma_s epsilon.
 
     s = (1 - eta) t', rounded down where t' is a whole timestep: the network leads past t' to s, and noise leads back.
     eta     the paper's gamma: 0 is DDIM, 1 goes to the clean end of the schedule in each step. Where D is clipped,
             epsilon is the one that leads from x to the clipped D.
+    beyond  sigma / alpha of the point s of each step, where they are known otherwise than by eta.
 
     diffusers' TCDScheduler clips nothing and ends at timestep 0, which is final_sigma="schedule".
     Source: Zheng et al. 2024 (strategic stochastic sampling).
     """
-    return make_table("tcd", problem, _tcd_rows(problem, fraction("tcd", "eta", eta)))
+    eta = fraction("tcd", "eta", eta)
+    intervals = problem.intervals()
+    if beyond is None:
+        passed = [_beyond(problem, interval.end, eta) for interval in intervals]
+    else:
+        pairs = zip(intervals, beyond, strict=True)
+        passed = [_or_end(problem.at_ratio(ratio), interval.end) for interval, ratio in pairs]
+    return make_table("tcd", problem, map(_tcd_row, repeat(problem), intervals, passed))
 
 
-def _tcd_rows(problem: Problem, eta: float) -> Iterator[Row]:
-    for start, end in pairwise(problem.points()):
-        beyond = _beyond(problem, end, eta)
-        shrink = end.alpha / beyond.alpha
-        signal, noise = end.alpha, shrink * beyond.sigma
-        std = math.sqrt(max(end.sigma**2 - noise**2, 0.0))
-        if problem.bounded:
-            new_x = {"x": noise / start.sigma, "D": signal - noise * start.alpha / start.sigma}
-        else:
-            new_x = {"x": noise * start.noise.x, "m": noise * start.noise.m, "D": signal}
-        yield make_row(problem, start, {**new_x, "noise": std}, to=end)
+def _tcd_row(problem: Problem, interval: Interval, beyond: Point) -> Row:
+    start, end = interval.start, interval.end
+    shrink = end.alpha / beyond.alpha
+    signal, noise = end.alpha, shrink * beyond.sigma
+    std = math.sqrt(max(end.sigma**2 - noise**2, 0.0))
+    if problem.bounded:
+        new_x = {"x": noise / start.sigma, "D": signal - noise * start.alpha / start.sigma}
+    else:
+        new_x = {"x": noise * start.noise.x, "m": noise * start.noise.m, "D": signal}
+    return make_row(problem, start, {**new_x, "noise": std}, to=end)
 
 
 def _beyond(problem: Problem, end: Point, eta: float) -> Point:
@@ -86,7 +94,11 @@ def _beyond(problem: Problem, end: Point, eta: float) -> Point:
         t = round(t, 6)
         s = round((1.0 - eta) * t, 6)
         s = float(math.floor(s)) if t.is_integer() else s
-    beyond = problem.at_timestep(s)
+    return _or_end(problem.at_timestep(s), end)
+
+
+def _or_end(beyond: Point, end: Point) -> Point:
+    """`end` where both are the same but for rounding, which would otherwise come out as noise."""
     return end if math.isclose(beyond.ratio, end.ratio, rel_tol=1e-9) else beyond
 
 

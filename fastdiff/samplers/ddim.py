@@ -3,9 +3,8 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
-from fastdiff.samplers.problem import Point, Problem
+from fastdiff.samplers.problem import Interval, Point, Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, flag, fraction, make_row, make_table
 from fastdiff.samplers.terms import ddim_step, epsilon, total
 
@@ -31,12 +30,12 @@ def ddim(
 
 
 def _rows(problem: Problem, eta: float, clipped_epsilon: bool, stride: bool) -> Iterator[Row]:
-    points = problem.points()
-    for start, following in pairwise(points):
-        end = stride_end(problem, start, points[-1]) if stride else following
-        alpha, sigma = start.alpha, start.sigma
-        forward = max(sigma**2 - (alpha / end.alpha * end.sigma) ** 2, 0.0)
-        std = eta * end.sigma / sigma * math.sqrt(forward)
+    last = problem.points()[-1]
+    for interval in problem.intervals():
+        if stride:
+            interval = Interval(interval.start, stride_end(problem, interval.start, last))
+        start, end = interval.start, interval.end
+        std = eta * end.sigma / start.sigma * math.sqrt(interval.added) if eta else 0.0
         direction = math.sqrt(max(end.sigma**2 - std**2, 0.0))
         noise = epsilon(problem, start, clipped=clipped_epsilon)
         new_x = total((end.alpha, {"D": 1.0}), (direction, noise), (std, {"noise": 1.0}))
@@ -72,9 +71,10 @@ def ddim_inverse(
 
 
 def _inverse_rows(problem: Problem, at_end: bool, clipped_epsilon: bool, stride: bool) -> Iterator[Row]:
-    points = problem.points()
-    for preceding, end in pairwise(points):
-        start = stride_end(problem, end, points[0]) if stride else preceding
+    first = problem.points()[0]
+    for interval in problem.intervals():
+        end = interval.end
+        start = stride_end(problem, end, first) if stride else interval.start
         if at_end:
             start = replace(start, timestep=end.timestep)
         yield make_row(problem, start, ddim_step(end, epsilon(problem, start, clipped=clipped_epsilon)), to=end)

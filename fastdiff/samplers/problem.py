@@ -1,8 +1,11 @@
 """What a method solves, and the points at which it calls the network."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 from fastdiff import parameterization
 from fastdiff.errors import InputError
@@ -79,15 +82,46 @@ class Point:
         )
 
 
+class End(NamedTuple):
+    """Where a step ends, and f, the variance that the forward process adds from there to the start of the step: None
+    where it is that of the levels."""
+
+    timestep: float
+    alpha: float
+    sigma: float
+    added: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """A step of a one-step method, from one point to another."""
+
+    start: Point
+    end: Point
+    known_added: float | None = None
+
+    @property
+    def added(self) -> float:
+        """f = sigma^2 - (alpha/alpha' sigma')^2: what the forward process adds from the end to the start."""
+        if self.known_added is not None:
+            return self.known_added
+        start, end = self.start, self.end
+        return max(start.sigma**2 - (start.alpha / end.alpha * end.sigma) ** 2, 0.0)
+
+
 @dataclass(frozen=True)
 class Problem:
-    """What every method starts from: the grid, what the network predicts, and the bounds of the data prediction."""
+    """What every method starts from: the grid, what the network predicts, and the bounds of the data prediction.
+
+    ends    for one-step methods: where each step ends, if not where the next one begins
+    """
 
     schedule: Schedule
     grid: Grid
     prediction: str
     clip: float | None
     threshold: Threshold | None = None
+    ends: Sequence[End] | None = None
 
     @property
     def bounded(self) -> bool:
@@ -99,6 +133,16 @@ class Problem:
         grid = self.grid
         values = zip(grid.alphas.tolist(), grid.sigmas.tolist(), grid.timesteps.tolist(), strict=True)
         return [self._point(alpha, sigma, timestep, scaled) for alpha, sigma, timestep in values]
+
+    def intervals(self) -> list[Interval]:
+        """The steps of the grid."""
+        points = self.points()
+        if self.ends is None:
+            return [Interval(start, end) for start, end in pairwise(points)]
+        return [
+            Interval(start, self._point(end.alpha, end.sigma, end.timestep, scaled=False), end.added)
+            for start, end in zip(points, self.ends, strict=False)
+        ]
 
     def at_ratio(self, ratio: float, *, scaled: bool = False) -> Point:
         """The point of the schedule where sigma / alpha is `ratio`."""

@@ -7,21 +7,29 @@ diffusers looks for it in the module that a saved pipeline names.
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from fastdiff.integrations.diffusers.consistency import LCMScheduler, TCDScheduler
 from fastdiff.integrations.diffusers.consistency_models import CMStochasticIterativeScheduler
+from fastdiff.integrations.diffusers.ddim import DDIMInverseScheduler, DDIMScheduler
+from fastdiff.integrations.diffusers.ddpm import DDPMScheduler, UnCLIPScheduler
 from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
-from fastdiff.integrations.diffusers.flow_match import (
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-)
+from fastdiff.integrations.diffusers.flow_match import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from fastdiff.integrations.diffusers.repaint import RePaintScheduler
 from fastdiff.integrations.diffusers.score_sde import ScoreSdeVeScheduler
 
 __all__ = [
     "CMStochasticIterativeScheduler",
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
+    "LCMScheduler",
+    "RePaintScheduler",
     "SchedulerMixin",
     "ScoreSdeVeScheduler",
+    "TCDScheduler",
+    "UnCLIPScheduler",
 ]
 
 for _name in __all__:

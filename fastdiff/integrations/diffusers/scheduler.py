@@ -96,20 +96,20 @@ class Scheduler:
         *,
         noise: Tensor | None = None,
         dtype: torch.dtype | None = None,
-        scales: Tensor | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """x' in `dtype` (the sample's unless said) and the data prediction in float32 where the table gives it.
 
-        scales are those of `ops.sampler_step`. History and anchor move on in `run`.
+        History and anchor move on in `run`. options: further ones of `ops.sampler_step`, such as a kept part.
         """
         if sample.dtype != dtype and dtype is not None and sample.dtype != torch.float32:
             sample = sample.float()
         if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
             with use_backend("reference"):
-                x, data = _step(run, row, sample, model_output, noise, scales)
+                x, data = _step(run, row, sample, model_output, noise, options)
         else:
-            x, data = _step(run, row, sample, model_output, noise, scales)
-        return x if dtype is None else x.to(dtype), data
+            x, data = _step(run, row, sample, model_output, noise, options)
+        return x if dtype is None or x.dtype == dtype else x.to(dtype), data
 
 
 class IndexedScheduler(Scheduler):
@@ -212,13 +212,20 @@ def refuse_index(timestep: Any) -> None:
 
 
 def _step(
-    run: Run, row: int, sample: Tensor, model_output: Tensor, noise: Tensor | None, scales: Tensor | None
+    run: Run,
+    row: int,
+    sample: Tensor,
+    model_output: Tensor,
+    noise: Tensor | None,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     table = run.table
     use, rows = table.uses[row], table.tensor(sample.device)
     if table.threshold is not None and use.data:
         percentile, maximum = table.threshold.percentile, table.threshold.maximum
-        scales = ops.dynamic_threshold(sample, model_output, rows, row, percentile=percentile, maximum=maximum)
+        options["scales"] = ops.dynamic_threshold(
+            sample, model_output, rows, row, percentile=percentile, maximum=maximum
+        )
     step = ops.sampler_step(
         sample,
         model_output,
@@ -227,9 +234,9 @@ def _step(
         anchor=run.anchor if use.anchor else None,
         history=run.history[: use.history],
         noise=noise if use.noise else None,
-        scales=scales,
         new_history=use.new_history,
         new_anchor=use.new_anchor,
+        **options,
     )
     if run.data == "history":
         data = step.history
