@@ -7,9 +7,23 @@ diffusers looks for it in the module that a saved pipeline names.
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.deis import DEISMultistepScheduler
+from fastdiff.integrations.diffusers.dpm_singlestep import DPMSolverSinglestepScheduler
+from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.edm_dpm import EDMDPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.sa_solver import SASolverScheduler
+from fastdiff.integrations.diffusers.unipc import UniPCMultistepScheduler
 
-__all__ = ["DPMSolverMultistepScheduler", "SchedulerMixin"]
+__all__ = [
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "SASolverScheduler",
+    "SchedulerMixin",
+    "UniPCMultistepScheduler",
+]
 
 for _name in __all__:
     if _name != "SchedulerMixin":
