@@ -40,10 +40,9 @@ class DPMSolverMultistepScheduler(MultistepScheduler, diffusers.DPMSolverMultist
                 self, model_output, timestep, sample, generator, variance_noise, return_dict
             )
         noise = None
-        if self._draws and variance_noise is None:
-            noise = draw(output, generator, torch.float32)
-        elif self._draws:
-            noise = variance_noise.to(device=sample.device, dtype=torch.float32)
+        if self._draws:
+            given = draw(output, generator, torch.float32) if variance_noise is None else variance_noise
+            noise = given.to(device=sample.device, dtype=torch.float32)
         x = self._move(output, timestep, sample, noise=noise)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 

@@ -8,6 +8,7 @@ the second digit at 999 steps), and exact ones would make other steps than its o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -155,15 +156,20 @@ class _Probe:
         moved = solver.theirs.step(probe, units["q"], self._times[index], units["x"], return_dict=False, **options)[0]
         readable = {"x", "q", "noise", *HISTORY[:known]} | ({"anchor", "last_noise"} if known else set())
         keeps = solver.anchor is not None and getattr(probe, solver.anchor) is units["x"]
-        correction = None if self._correction is None else _coefficients(self._correction, readable)
-        return _Step(linear, bounded, q, _coefficients(moved, readable), correction, keeps)
+        correction = None if self._correction is None else _coefficients(self._correction, readable, "anchor")
+        return _Step(linear, bounded, q, _coefficients(moved, readable, "x"), correction, keeps)
 
     def _conversion(self) -> tuple[Linear, Coefficients, bool]:
         """D before it is bounded, q in x and D, and whether D is bounded."""
         # Three columns, since of a network with variances theirs takes the first three.
         x, m, data = torch.eye(3, dtype=torch.float64).unsqueeze(1)
         before: list[Tensor] = []
-        self._probe._threshold_sample = lambda value: (before.append(value), data)[1]
+
+        def threshold(value: Tensor) -> Tensor:
+            before.append(value)
+            return data
+
+        self._probe._threshold_sample = threshold
         made = self._solver.theirs.convert_model_output(self._probe, m, sample=x)
         x_factor, m_factor, data_factor = made[0].tolist()
         if before:
@@ -187,9 +193,12 @@ class _Probe:
         return updated
 
 
-def _coefficients(vector: Tensor, readable: set[str]) -> Coefficients:
-    values = zip(_COLUMNS, vector[0].tolist(), strict=True)
-    return {name: value for name, value in values if value != 0.0 and name in readable}
+def _coefficients(vector: Tensor, readable: set[str], start: str) -> Coefficients:
+    """Of what can be read; where diffusers divides by zero, the result is NaN, whatever is read."""
+    values = dict(zip(_COLUMNS, vector[0].tolist(), strict=True))
+    if not all(math.isfinite(value) for value in values.values()):
+        return {start: math.nan}
+    return {name: value for name, value in values.items() if value != 0.0 and name in readable}
 
 
 def _measure(probe: _Probe, scheduler: Any, start: int) -> StepTable:
@@ -197,10 +206,10 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> StepTable:
     steps = [probe.step() for _ in times[:-1]]
     alphas, sigmas = (values[start:] for values in probe.levels())
     rows = np.stack([_row(*pair) for pair in zip(steps, [*steps[1:], None], strict=True)])
-    read = np.concatenate([rows[:, NEW_X], rows[:, NEW_ANCHOR]]).any(axis=0)
-    if not read[[INPUTS.index(name) for name in HISTORY]].any():
+    read = {name for i, name in enumerate(INPUTS) if rows[:, [NEW_X.start + i, NEW_ANCHOR.start + i]].any()}
+    if not read.intersection(HISTORY):
         rows[:, NEW_HISTORY] = 0.0
-    if not read[INPUTS.index("anchor")]:
+    if "anchor" not in read:
         rows[:, NEW_ANCHOR] = 0.0
     rows[:, KNOWN] = np.stack([alphas[1:], sigmas[1:]], axis=1)
     for array in (rows, times):
