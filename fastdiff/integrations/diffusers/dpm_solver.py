@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.measured import Solver
-from fastdiff.integrations.diffusers.multistep import MultistepScheduler, promoted
+from fastdiff.integrations.diffusers.multistep import MultistepScheduler
 from fastdiff.integrations.diffusers.scheduler import draw
 
 
@@ -34,16 +34,16 @@ class DPMSolverMultistepScheduler(MultistepScheduler, diffusers.DPMSolverMultist
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at the next timestep, in the dtype of the converted `model_output`."""
-        output = self._ready(model_output, sample)
-        if output is None:
+        due = self._due(model_output, timestep, sample)
+        if due is None:
             return self._solver.theirs.step(
                 self, model_output, timestep, sample, generator, variance_noise, return_dict
             )
         noise = None
         if self._draws:
-            given = draw(output, generator, torch.float32) if variance_noise is None else variance_noise
+            given = draw(due.model_output, generator, torch.float32) if variance_noise is None else variance_noise
             noise = given.to(device=sample.device, dtype=torch.float32)
-        x = self._move(output, timestep, sample, noise=noise)
+        x = self._move(due, noise=noise)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
@@ -68,13 +68,13 @@ class DPMSolverMultistepInverseScheduler(MultistepScheduler, diffusers.DPMSolver
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at the next timestep, in the common dtype of `sample` and `model_output`."""
-        output = self._ready(model_output, sample)
-        if output is None:
+        due = self._due(model_output, timestep, sample)
+        if due is None:
             return self._solver.theirs.step(
                 self, model_output, timestep, sample, generator, variance_noise, return_dict
             )
-        dtype, noise = promoted(sample, output), None
+        dtype, noise = due.promoted, None
         if self._draws:
-            noise = draw(output, generator, dtype) if variance_noise is None else variance_noise
-        x = self._move(output, timestep, sample, noise=noise, dtype=dtype)
+            noise = draw(due.model_output, generator, dtype) if variance_noise is None else variance_noise
+        x = self._move(due, noise=noise, dtype=dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)

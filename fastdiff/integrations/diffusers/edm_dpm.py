@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.measured import Solver
-from fastdiff.integrations.diffusers.multistep import MultistepScheduler, promoted
+from fastdiff.integrations.diffusers.multistep import MultistepScheduler
 from fastdiff.integrations.diffusers.scheduler import draw
 
 
@@ -32,10 +32,10 @@ class EDMDPMSolverMultistepScheduler(MultistepScheduler, diffusers.EDMDPMSolverM
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at the next timestep, in the common dtype of `sample` and `model_output`."""
-        output = self._ready(model_output, sample)
-        if output is None:
+        due = self._due(model_output, timestep, sample)
+        if due is None:
             return self._solver.theirs.step(self, model_output, timestep, sample, generator, return_dict)
-        dtype = promoted(sample, output)
-        noise = draw(output, generator, dtype) if self._draws else None
-        x = self._move(output, timestep, sample, noise=noise, dtype=dtype)
+        dtype = due.promoted
+        noise = draw(due.model_output, generator, dtype) if self._draws else None
+        x = self._move(due, noise=noise, dtype=dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)

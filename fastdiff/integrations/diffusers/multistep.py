@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.config import use_backend
 from fastdiff.integrations.diffusers.measured import HISTORY, Solver, measured_table
-from fastdiff.integrations.diffusers.scheduler import IndexedScheduler
+from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, Run
 from fastdiff.ops.row import INPUTS, NEW_X, PREDICTION
 from fastdiff.samplers.table import StepTable
 
-__all__ = ["MultistepScheduler", "promoted"]
+__all__ = ["MultistepScheduler"]
 
-_MOST_GROWTH = 8.0
-"""Of the state in one step, beyond which most of it is taken away again by the noise prediction."""
+_MOST_GROWTH = 3.0
+"""Of the state in one step, beyond which most of it is taken away again: what is left is the rounding of each term."""
 
 
 class MultistepScheduler(IndexedScheduler):
     """A scheduler whose rows are measured (`measured_table`), and whose history is its `model_outputs`.
 
-    What a row cannot hold is left to diffusers' own step: more than three earlier outputs, tensors that broadcast, and
+    What a row cannot hold is left to diffusers' own step: more than three earlier outputs, tensors that broadcast,
+    steps whose large terms cancel, so that only the same sequence of roundings gives the same result, and
     configurations whose step raises an error. A class says in `_solver` what it is measured by.
     """
 
@@ -44,7 +44,7 @@ class MultistepScheduler(IndexedScheduler):
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         table = measured_table(self, self._solver, start, self._settings())
-        grown = np.abs(table.rows[:, NEW_X][:, [INPUTS.index("x"), INPUTS.index("anchor")]]).max(axis=1)
+        grown = np.abs(table.rows[:, [NEW_X.start + INPUTS.index(name) for name in ("x", "anchor")]]).max(axis=1)
         self._cancelling = frozenset(np.flatnonzero(grown > _MOST_GROWTH).tolist())
         return table, False
 
@@ -60,8 +60,8 @@ class MultistepScheduler(IndexedScheduler):
         self._first_three = config.get("variance_type") is not None and config.prediction_type == "epsilon"
         self._measured = len(self.model_outputs) <= len(HISTORY)
 
-    def _ready(self, model_output: Tensor, sample: Tensor) -> Tensor | None:
-        """The network's output as the row reads it; None where the step is left to diffusers."""
+    def _due(self, model_output: Tensor, timestep: Any, sample: Tensor) -> _Due | None:
+        """What the step that is due consists of; None where it is left to diffusers."""
         if self.num_inference_steps is None:
             raise ValueError("step: expected a scheduler with timesteps, got none; call set_timesteps first")
         if self._run is None:
@@ -70,21 +70,18 @@ class MultistepScheduler(IndexedScheduler):
             return None
         if self._first_three:
             model_output = model_output[:, :3].contiguous()
-        return model_output if model_output.shape == sample.shape else None
-
-    def _move(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *,
-        noise: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """x' in `dtype`, or in that of the converted output where it is None; the state moves on as diffusers' does."""
+        if model_output.shape != sample.shape:
+            return None
         run, row = self._at(timestep)
+        if row in self._cancelling or (run.table.uses[row].anchor and self._anchor() is None):
+            return None
+        return _Due(run, row, model_output, sample)
+
+    def _move(self, due: _Due, *, noise: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """x' in `dtype`, or in that of the converted output where it is None; the state moves on as diffusers' does."""
+        run, row, model_output, sample = due
         use = run.table.uses[row]
-        dtype = dtype or _converted(sample, model_output, run.table, row)
+        dtype = dtype or _converted(due)
         if sample.dtype is torch.float64 or model_output.dtype is torch.float64:
             sample, model_output = sample.double(), model_output.double()
         outputs = self.model_outputs
@@ -93,12 +90,7 @@ class MultistepScheduler(IndexedScheduler):
         run.anchor = _plain(self._anchor(), wide) if use.anchor else None
         if noise is not None and noise.shape != sample.shape:
             noise = noise.expand(sample.shape)
-        if row in self._cancelling:
-            # Two large terms leave a small one, and so their rounding: the reference rounds each as diffusers does.
-            with use_backend("reference"):
-                x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
-        else:
-            x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
+        x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
         if use.new_history:
             del outputs[0]
             outputs.append(run.history[0])
@@ -116,18 +108,25 @@ class MultistepScheduler(IndexedScheduler):
             setattr(self, self._solver.anchor, anchor)
 
 
-def promoted(sample: Tensor, model_output: Tensor) -> torch.dtype:
-    """The dtype of their sum."""
-    if sample.dtype is model_output.dtype:
-        return sample.dtype
-    return torch.promote_types(sample.dtype, model_output.dtype)
+class _Due(NamedTuple):
+    """A row of a run and what it is applied to."""
+
+    run: Run
+    row: int
+    model_output: Tensor
+    sample: Tensor
+
+    @property
+    def promoted(self) -> torch.dtype:
+        """The dtype of a sum of the two."""
+        first, second = self.sample.dtype, self.model_output.dtype
+        return first if first is second else torch.promote_types(first, second)
 
 
-def _converted(sample: Tensor, model_output: Tensor, table: StepTable, row: int) -> torch.dtype:
+def _converted(due: _Due) -> torch.dtype:
     """The dtype of what diffusers converts the network's output to: that of the output, where the state has no part."""
-    if sample.dtype is model_output.dtype or table.rows[row, PREDICTION][0] == 0.0:
-        return model_output.dtype
-    return promoted(sample, model_output)
+    alone = due.run.table.rows[due.row, PREDICTION][0] == 0.0
+    return due.model_output.dtype if alone else due.promoted
 
 
 def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:

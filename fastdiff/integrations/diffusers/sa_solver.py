@@ -30,7 +30,7 @@ class _Taus:
 
 
 class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
-    """The steps of `sa_solver`."""
+    """The steps of `sa_solver`. Where noise is predicted, and so terms cancel, they are diffusers' own."""
 
     _solver = Solver(diffusers.SASolverScheduler, anchor="last_sample", corrector="stochastic_adams_moulton_update")
     _taus: _Taus | None = None
@@ -51,12 +51,12 @@ class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
         taus = self._taus
         if taus is None or taus.source is not self.tau_func or taus.times != tuple(self._times):
             taus = self._ask()
-        return ("tau_func", taus), ("predict_x0", self.predict_x0)
+        return (("tau_func", taus),)
 
     def _look(self) -> None:
         super()._look()
         # With variances diffusers draws noise that does not fit its state: its step raises an error.
-        self._measured = self._measured and not self._first_three
+        self._measured = self._measured and self.predict_x0 and not self._first_three
 
     def step(
         self,
@@ -67,9 +67,9 @@ class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at the next timestep, in the dtype of `sample`."""
-        output = self._ready(model_output, sample)
-        if output is None:
+        due = self._due(model_output, timestep, sample)
+        if due is None:
             return self._solver.theirs.step(self, model_output, timestep, sample, generator, return_dict)
-        self.last_noise = draw(output, generator)
-        x = self._move(output, timestep, sample, noise=self.last_noise, dtype=sample.dtype)
+        self.last_noise = draw(due.model_output, generator)
+        x = self._move(due, noise=self.last_noise, dtype=sample.dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -14,7 +14,10 @@ from fastdiff.integrations.diffusers.multistep import MultistepScheduler
 
 
 class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepScheduler):
-    """The steps of `unipc`. With another scheduler as its `solver_p` the steps are diffusers' own."""
+    """The steps of `unipc`.
+
+    With another scheduler as `solver_p`, or with `predict_x0=False`, whose terms cancel, the steps are diffusers' own.
+    """
 
     _solver = Solver(diffusers.UniPCMultistepScheduler, anchor="last_sample", corrector="multistep_uni_c_bh_update")
     disable_corrector: list[int]
@@ -22,18 +25,18 @@ class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepSchedu
     solver_p: Any
 
     def _settings(self) -> tuple[tuple[str, Hashable], ...]:
-        return ("disable_corrector", tuple(self.disable_corrector)), ("predict_x0", self.predict_x0)
+        return (("disable_corrector", tuple(self.disable_corrector)),)
 
     def _look(self) -> None:
         super()._look()
-        self._measured = self._measured and not self.solver_p
+        self._measured = self._measured and self.predict_x0 and not self.solver_p
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at the next timestep, in the dtype of `sample`."""
-        output = self._ready(model_output, sample)
-        if output is None:
+        due = self._due(model_output, timestep, sample)
+        if due is None:
             return self._solver.theirs.step(self, model_output, timestep, sample, return_dict)
-        x = self._move(output, timestep, sample, dtype=sample.dtype)
+        x = self._move(due, dtype=sample.dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
