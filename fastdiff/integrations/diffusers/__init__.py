@@ -11,25 +11,36 @@ from fastdiff.integrations.diffusers.consistency import LCMScheduler, TCDSchedul
 from fastdiff.integrations.diffusers.consistency_models import CMStochasticIterativeScheduler
 from fastdiff.integrations.diffusers.ddim import DDIMInverseScheduler, DDIMScheduler
 from fastdiff.integrations.diffusers.ddpm import DDPMScheduler, UnCLIPScheduler
-from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.deis import DEISMultistepScheduler
+from fastdiff.integrations.diffusers.dpm_singlestep import DPMSolverSinglestepScheduler
+from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.edm_dpm import EDMDPMSolverMultistepScheduler
 from fastdiff.integrations.diffusers.flow_match import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from fastdiff.integrations.diffusers.repaint import RePaintScheduler
+from fastdiff.integrations.diffusers.sa_solver import SASolverScheduler
 from fastdiff.integrations.diffusers.score_sde import ScoreSdeVeScheduler
+from fastdiff.integrations.diffusers.unipc import UniPCMultistepScheduler
 
 __all__ = [
     "CMStochasticIterativeScheduler",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "LCMScheduler",
     "RePaintScheduler",
+    "SASolverScheduler",
     "SchedulerMixin",
     "ScoreSdeVeScheduler",
     "TCDScheduler",
     "UnCLIPScheduler",
+    "UniPCMultistepScheduler",
 ]
 
 for _name in __all__:

@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++."""
+"""DPM-Solver and DPM-Solver++, multistep, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -9,60 +9,20 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from fastdiff import schedules
-from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, draw
-from fastdiff.integrations.diffusers.tables import PREDICTIONS, levels, schedule_of, table, threshold_of
-from fastdiff.samplers.table import StepTable
-
-_SHORT_RUN = 15
-"""diffusers lowers the order of the last steps where there are fewer."""
-
-_METHODS = {
-    "dpmsolver++": ("dpmpp_2m", "dpmpp_3m"),
-    "sde-dpmsolver++": ("dpmpp_2m_sde", "dpmpp_3m_sde"),
-    "dpmsolver": ("dpm_solver", "dpm_solver"),
-    "sde-dpmsolver": ("dpm_solver_sde", "dpm_solver_sde"),
-}
+from fastdiff.integrations.diffusers.measured import Solver
+from fastdiff.integrations.diffusers.multistep import MultistepScheduler
+from fastdiff.integrations.diffusers.scheduler import draw
 
 
-class DPMSolverMultistepScheduler(IndexedScheduler, diffusers.DPMSolverMultistepScheduler):
-    """Rows of `dpmpp_2m`, `dpmpp_3m`, `dpm_solver` or the SDE form of each, as the configuration says."""
+class DPMSolverMultistepScheduler(MultistepScheduler, diffusers.DPMSolverMultistepScheduler):
+    """The steps of `dpmpp_2m`, `dpmpp_3m`, `dpm_solver` or the SDE form of each, as the configuration says."""
 
-    def _memory(self) -> int:
-        return int(self.config.solver_order)
+    _solver = Solver(diffusers.DPMSolverMultistepScheduler)
 
-    def _table(self, start: int) -> tuple[StepTable, bool]:
-        config = self.config
-        flow = config.use_flow_sigmas
-        alphas, sigmas = levels(self.sigmas, flow=flow)
-        method, options = self._method()
-        made = table(
-            method,
-            schedule=schedules.flow(config.num_train_timesteps) if flow else schedule_of(self.alphas_cumprod),
-            prediction=PREDICTIONS[config.prediction_type],
-            timesteps=self._times[start:],
-            alphas=alphas[start:],
-            sigmas=sigmas[start:],
-            clip=1.0 if config.thresholding else None,
-            threshold=threshold_of(config),
-            skipped=start,
-            options=options,
-        )
-        return made, False
-
-    def _method(self) -> tuple[str, dict[str, Any]]:
-        config, order = self.config, self.config.solver_order
-        method = _METHODS[config.algorithm_type][order == 3]
-        options: dict[str, Any] = {
-            "solver": config.solver_type,
-            "lower_order_final": config.lower_order_final and len(self._timesteps) < _SHORT_RUN,
-            "euler_at_final": config.euler_at_final,
-        }
-        if not method.startswith("dpmpp_3m"):
-            options["order"] = order
-        if order == 3:
-            options["curvature"] = "half_offset" if method == "dpmpp_3m_sde" else "half"
-        return method, options
+    def _look(self) -> None:
+        super()._look()
+        if self.config.algorithm_type == "sde-dpmsolver" and len(self.model_outputs) > 2:
+            self._measured = False  # diffusers has no such third order: its step raises an error
 
     def step(
         self,
@@ -73,13 +33,48 @@ class DPMSolverMultistepScheduler(IndexedScheduler, diffusers.DPMSolverMultistep
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """The state at the next timestep, in the dtype of `model_output`."""
-        if self.num_inference_steps is None:
-            raise ValueError("step: expected a scheduler with timesteps, got none; call set_timesteps first")
-        run, row = self._at(timestep)
+        """The state at the next timestep, in the dtype of the converted `model_output`."""
+        due = self._due(model_output, timestep, sample)
+        if due is None:
+            return self._solver.theirs.step(
+                self, model_output, timestep, sample, generator, variance_noise, return_dict
+            )
         noise = None
-        if self.config.algorithm_type.startswith("sde"):
-            noise = draw(model_output, generator, torch.float32) if variance_noise is None else variance_noise
-        x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
-        self._advance()
+        if self._draws:
+            given = draw(due.model_output, generator, torch.float32) if variance_noise is None else variance_noise
+            noise = given.to(device=sample.device, dtype=torch.float32)
+        x = self._move(due, noise=noise)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+
+class DPMSolverMultistepInverseScheduler(MultistepScheduler, diffusers.DPMSolverMultistepInverseScheduler):
+    """The steps of `dpmpp_inverse`; or those of the other methods of DPM-Solver along rising levels."""
+
+    _solver = Solver(diffusers.DPMSolverMultistepInverseScheduler)
+    _begin_index = None
+
+    def _look(self) -> None:
+        super()._look()
+        if self._draws and len(self.model_outputs) > 2:
+            self._measured = False  # the third order of diffusers is given no noise: its step raises an error
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state at the next timestep, in the common dtype of `sample` and `model_output`."""
+        due = self._due(model_output, timestep, sample)
+        if due is None:
+            return self._solver.theirs.step(
+                self, model_output, timestep, sample, generator, variance_noise, return_dict
+            )
+        dtype, noise = due.promoted, None
+        if self._draws:
+            noise = draw(due.model_output, generator, dtype) if variance_noise is None else variance_noise
+        x = self._move(due, noise=noise, dtype=dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -142,6 +142,10 @@ class IndexedScheduler(Scheduler):
     def _memory(self) -> int:
         return 0
 
+    def _taken(self) -> int:
+        """How many earlier steps are known, up to `_memory`."""
+        return self.lower_order_nums
+
     def _init_step_index(self, timestep: Any) -> None:
         if self._begin_index is not None:
             self._step_index = self._begin_index
@@ -177,12 +181,12 @@ class IndexedScheduler(Scheduler):
 
     def _follows(self, run: Run, index: int) -> bool:
         """Whether the row of `index` assumes as many earlier steps as were taken."""
-        taken, memory = self.lower_order_nums, self._memory()
+        taken, memory = self._taken(), self._memory()
         row = index - run.start
         return row >= 0 and min(row, memory) == min(taken, memory)
 
     def _begin(self, index: int) -> Run:
-        past, last = self._run, min(self.lower_order_nums, self._memory(), index)
+        past, last = self._run, min(self._taken(), self._memory(), index)
         table, gives_data = self._table(index - last)
         self._run = Run(table, index - last, self.sigmas, data_slot(table) if gives_data else None)
         if past is not None and last:

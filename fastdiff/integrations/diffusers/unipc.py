@@ -1,0 +1,42 @@
+"""UniPC."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from fastdiff.integrations.diffusers.measured import Solver
+from fastdiff.integrations.diffusers.multistep import MultistepScheduler
+
+
+class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepScheduler):
+    """The steps of `unipc`.
+
+    With another scheduler as `solver_p`, or with `predict_x0=False`, whose terms cancel, the steps are diffusers' own.
+    """
+
+    _solver = Solver(diffusers.UniPCMultistepScheduler, anchor="last_sample", corrector="multistep_uni_c_bh_update")
+    disable_corrector: list[int]
+    predict_x0: bool
+    solver_p: Any
+
+    def _settings(self) -> tuple[tuple[str, Hashable], ...]:
+        return (("disable_corrector", tuple(self.disable_corrector)),)
+
+    def _look(self) -> None:
+        super()._look()
+        self._measured = self._measured and self.predict_x0 and not self.solver_p
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state at the next timestep, in the dtype of `sample`."""
+        due = self._due(model_output, timestep, sample)
+        if due is None:
+            return self._solver.theirs.step(self, model_output, timestep, sample, return_dict)
+        x = self._move(due, dtype=sample.dtype)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
