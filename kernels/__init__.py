@@ -1,6 +1,29 @@
 """Triton kernels, one file per operator; installed as ``fastdiff.kernels``."""
 
-if __name__ != "fastdiff.kernels":
+if __name__ == "kernels":
+    # Hugging Face's package has this name. Who looks for it with the project's folder on the path comes here instead:
+    # transformers does at import, and an error would end it there. So give the real package, or one without contents.
+    import importlib.util
+    import sys
+    from importlib.machinery import PathFinder
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parent.parent
+    _spec = PathFinder.find_spec(__name__, [entry for entry in sys.path if Path(entry).resolve() != _root])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules[__name__] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[__name__])
+    else:
+        __version__ = "0"  # below every release, so that whoever needs one passes this by
+        __path__ = []
+
+        def __getattr__(name: str) -> object:
+            raise AttributeError(
+                f"the folder kernels/ was imported as 'kernels', and has no {name!r} there: expected 'fastdiff.kernels'; "
+                "install the project (pip install -e .) and import fastdiff.kernels"
+            )
+
+elif __name__ != "fastdiff.kernels":
     raise ImportError(
         f"the folder kernels/ was imported as {__name__!r}: expected 'fastdiff.kernels'; "
         "install the project (pip install -e .) and import fastdiff.kernels"
