@@ -1,5 +1,10 @@
 """Triton kernels, one file per operator; installed as ``fastdiff.kernels``."""
 
+_WRONG = (
+    f"the folder kernels/ was imported as {__name__!r}: expected 'fastdiff.kernels'; "
+    "install the project (pip install -e .) and import fastdiff.kernels"
+)
+
 if __name__ == "kernels":
     # Hugging Face's package has this name. Who looks for it with the project's folder on the path comes here instead:
     # transformers does at import, and an error would end it there. So give the real package, or one without contents.
@@ -18,13 +23,7 @@ if __name__ == "kernels":
         __path__ = []
 
         def __getattr__(name: str) -> object:
-            raise AttributeError(
-                f"the folder kernels/ was imported as 'kernels', and has no {name!r} there: expected 'fastdiff.kernels'; "
-                "install the project (pip install -e .) and import fastdiff.kernels"
-            )
+            raise AttributeError(f"{name!r} is not here: {_WRONG}")
 
 elif __name__ != "fastdiff.kernels":
-    raise ImportError(
-        f"the folder kernels/ was imported as {__name__!r}: expected 'fastdiff.kernels'; "
-        "install the project (pip install -e .) and import fastdiff.kernels"
-    )
+    raise ImportError(_WRONG)
