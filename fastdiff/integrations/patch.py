@@ -26,7 +26,7 @@ class SchedulerPatch:
     library: str
 
     def __str__(self) -> str:
-        lines = [f"{component}: {name} is now {self.library}'s" for component, name in self.replaced.items()]
+        lines = [f"{component}: {name}, now from {self.library}" for component, name in self.replaced.items()]
         return "\n".join(lines + [f"{component}: kept, {reason}" for component, reason in self.kept.items()])
 
 
