@@ -13,11 +13,13 @@ if __name__ == "kernels":
     from importlib.machinery import PathFinder
     from pathlib import Path
 
-    _root = Path(__file__).resolve().parent.parent
-    _spec = PathFinder.find_spec(__name__, [entry for entry in sys.path if Path(entry).resolve() != _root])
+    # A second checkout on the path is told which folders have been passed.
+    _passed = [*globals().get("_passed", []), Path(__file__).resolve().parent.parent]
+    _spec = PathFinder.find_spec(__name__, [entry for entry in sys.path if Path(entry).resolve() not in _passed])
     if _spec is not None and _spec.loader is not None:
-        sys.modules[__name__] = importlib.util.module_from_spec(_spec)
-        _spec.loader.exec_module(sys.modules[__name__])
+        _module = sys.modules[__name__] = importlib.util.module_from_spec(_spec)
+        vars(_module)["_passed"] = _passed
+        _spec.loader.exec_module(_module)
     else:
         __version__ = "0"  # below every release, so that whoever needs one passes this by
         __path__ = []

@@ -242,12 +242,18 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))"""
 
 
 def test_the_folder_kernels_gives_way_to_the_package_of_that_name(tmp_path: Path) -> None:
+    other = tmp_path / "checkout" / "kernels" / "__init__.py"
+    other.parent.mkdir(parents=True)
+    other.write_bytes((ROOT / "kernels" / "__init__.py").read_bytes())
+    program = "from kernels import get_kernel; import kernels.layer; print(get_kernel)"
+    assert "cannot import name 'get_kernel'" in in_the_root(program, tmp_path / "checkout", ROOT).stderr
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text("from kernels.layer import get_kernel\n", encoding="utf-8")
     (package / "layer.py").write_text("get_kernel = 'found'\n", encoding="utf-8")
-    done = in_the_root("from kernels import get_kernel; import kernels.layer; print(get_kernel)", tmp_path)
-    assert done.stdout == "found\n", done.stderr
+    for path in ([tmp_path], [tmp_path / "checkout", ROOT, tmp_path]):
+        done = in_the_root(program, *path)
+        assert done.stdout == "found\n", done.stderr
 
 
 def test_transformers_is_not_told_that_its_kernels_are_here() -> None:
