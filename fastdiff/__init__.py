@@ -7,6 +7,7 @@ from fastdiff.engine.guidance import Guidance
 from fastdiff.engine.run import run
 from fastdiff.engine.sample import sample
 from fastdiff.errors import BackendError, CheckpointError, InputError
+from fastdiff.integrations.patch import SchedulerPatch, patch_scheduler, unpatch_scheduler
 from fastdiff.models.loading import load_model
 from fastdiff.ops import explain, report
 
@@ -18,11 +19,13 @@ __all__ = [
     "CheckpointError",
     "Guidance",
     "InputError",
+    "SchedulerPatch",
     "engine",
     "explain",
     "load_model",
     "models",
     "ops",
+    "patch_scheduler",
     "report",
     "run",
     "run_adaptive",
@@ -30,5 +33,6 @@ __all__ = [
     "samplers",
     "schedules",
     "training",
+    "unpatch_scheduler",
     "use_backend",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -207,12 +208,62 @@ def test_row_constants_are_equal_in_cpp() -> None:
     assert names == [*(name.lower() for name in row.INPUTS), "inputs"]
 
 
-def test_the_folder_kernels_cannot_be_imported_by_that_name() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, check=False
+def in_the_root(program: str, *path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("from kernels import attention", "ImportError: cannot import name 'attention' from 'kernels'"),
+        ("import kernels.attention", "ModuleNotFoundError: No module named 'kernels.attention'"),
+        (
+            "import kernels; kernels.attention",
+            "'attention' is not here: the folder kernels/ was imported as 'kernels': expected",
+        ),
+    ],
+    ids=["from it", "below it", "of it"],
+)
+def test_the_folder_kernels_has_nothing_under_that_name(program: str, said: str) -> None:
+    done = in_the_root(program)
     assert done.returncode == 1
-    assert "ImportError: the folder kernels/ was imported as 'kernels': expected 'fastdiff.kernels'" in done.stderr
+    assert said in done.stderr
+
+
+def test_the_folder_kernels_under_any_other_name_says_what_is_wrong() -> None:
+    program = """import importlib.util
+spec = importlib.util.spec_from_file_location("other.kernels", "kernels/__init__.py")
+spec.loader.exec_module(importlib.util.module_from_spec(spec))"""
+    done = in_the_root(program)
+    assert done.returncode == 1
+    assert (
+        "ImportError: the folder kernels/ was imported as 'other.kernels': expected 'fastdiff.kernels'" in done.stderr
+    )
+
+
+def test_the_folder_kernels_gives_way_to_the_package_of_that_name(tmp_path: Path) -> None:
+    other = tmp_path / "checkout" / "kernels" / "__init__.py"
+    other.parent.mkdir(parents=True)
+    other.write_bytes((ROOT / "kernels" / "__init__.py").read_bytes())
+    program = "from kernels import get_kernel; import kernels.layer; print(get_kernel)"
+    assert "cannot import name 'get_kernel'" in in_the_root(program, tmp_path / "checkout", ROOT).stderr
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("from kernels.layer import get_kernel\n", encoding="utf-8")
+    (package / "layer.py").write_text("get_kernel = 'found'\n", encoding="utf-8")
+    for path in ([tmp_path], [tmp_path / "checkout", ROOT, tmp_path]):
+        done = in_the_root(program, *path)
+        assert done.stdout == "found\n", done.stderr
+
+
+def test_transformers_is_not_told_that_its_kernels_are_here() -> None:
+    """Its search for the package of that name ends in our folder."""
+    program = "from transformers.utils.import_utils import is_kernels_available as there; print(there())"
+    done = in_the_root(program)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_files_stay_short() -> None:

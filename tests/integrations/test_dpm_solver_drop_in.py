@@ -11,6 +11,7 @@ CONFIGS = {
     "order 3": {"solver_order": 3},
     "sde": {"algorithm_type": "sde-dpmsolver++"},
     "karras v": {"use_karras_sigmas": True, "prediction_type": "v_prediction"},
+    "zero terminal SNR": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
     "threshold": {"thresholding": True, "prediction_type": "sample"},
     "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
 }

@@ -49,6 +49,14 @@ class Scheduler:
     _starts: dict[float, int] | None = None
     _run: Run | None = None
 
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """diffusers' classes of the same family, and ours in place of those that we have."""
+        from fastdiff.integrations import diffusers as drop_in
+
+        theirs = super()._get_compatibles()  # type: ignore[misc]
+        return [getattr(drop_in, kind.__name__, kind) for kind in theirs]
+
     @property
     def timesteps(self) -> Tensor:
         return self._timesteps

@@ -114,7 +114,11 @@ def data_slot(made: StepTable) -> DataSlot:
 
 @lru_cache(maxsize=_KEPT_TABLES)
 def _custom(alphas_cumprod: tuple[float, ...]) -> Schedule:
-    return schedules.custom(alphas_cumprod)
+    *others, last = alphas_cumprod
+    if others and last >= others[-1]:
+        # At a zero terminal SNR diffusers writes 2^-24 there, which can lie above the value before it.
+        last = 0.0
+    return schedules.custom((*others, last))
 
 
 def schedule_of(alphas_cumprod: Tensor) -> Schedule:
