@@ -19,7 +19,7 @@ class AlphasCumprod:
     """An ordinary tensor to its users; what it holds is also known to the host, from when it is set."""
 
     _alphas_cumprod: Tensor
-    _levels: npt.NDArray[Any]
+    _alphas2: npt.NDArray[Any]
     _scales: dict[torch.device, Tensor]
 
     @property
@@ -32,7 +32,7 @@ class AlphasCumprod:
             return
         self._alphas_cumprod = value
         self._scales = {}
-        self._levels = np.zeros(0) if value.is_meta else numbers(value)
+        self._alphas2 = np.zeros(0) if value.is_meta else numbers(value)
 
 
 class Noising(AlphasCumprod):
@@ -69,7 +69,7 @@ class Noising(AlphasCumprod):
         """alpha, sigma and -sigma of every timestep, (3, T) float32."""
         scales = self._scales.get(device)
         if scales is None:
-            levels = self._levels.astype(np.float64)
+            levels = self._alphas2.astype(np.float64)
             sigmas = np.sqrt(1.0 - levels)
             made = np.stack([np.sqrt(levels), sigmas, -sigmas]).astype(np.float32)
             scales = self._scales[device] = torch.from_numpy(made).to(device)

@@ -83,7 +83,7 @@ class ByTimestep(AlphasCumprod, Scheduler):
 
     def _level(self, timestep: int) -> float:
         """alpha^2 of a timestep, which is counted from the end where it is negative, as by diffusers' tensors."""
-        return float(self._levels[timestep])
+        return float(self._alphas2[timestep])
 
     def _level_or_clean(self, timestep: int) -> float:
         """The same, and the clean end of the schedule before timestep 0."""
@@ -91,10 +91,10 @@ class ByTimestep(AlphasCumprod, Scheduler):
 
     def _added(self, timestep: int, before: int) -> float:
         """1 - alpha^2/alpha'^2 in diffusers' own precision: of a short step it keeps only a few digits."""
-        levels = self._levels
-        end = levels[before] if before >= 0 else numbers(getattr(self, self._clean)).astype(levels.dtype)
+        alphas2 = self._alphas2
+        end = alphas2[before] if before >= 0 else numbers(getattr(self, self._clean)).astype(alphas2.dtype)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return float(levels.dtype.type(1.0) - levels[timestep] / end)
+            return float(alphas2.dtype.type(1.0) - alphas2[timestep] / end)
 
     def _moment(self, timestep: Any) -> Any:
         """The timestep as a number; None where it is a tensor of several."""
@@ -106,12 +106,12 @@ class ByTimestep(AlphasCumprod, Scheduler):
         if (
             config is not self.__dict__["_internal_dict"]
             or times is not self._times
-            or levels is not self._levels
+            or levels is not self._alphas2
             or clean is not getattr(self, self._clean)
             or count != self.num_inference_steps
         ):
             clean, count = getattr(self, self._clean), self.num_inference_steps
-            self._settings = (self.__dict__["_internal_dict"], self._times, self._levels, clean, count)
+            self._settings = (self.__dict__["_internal_dict"], self._times, self._alphas2, clean, count)
             self._lookups = {}
         found = self._lookups.get(options)
         if found is None:
