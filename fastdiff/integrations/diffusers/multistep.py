@@ -94,6 +94,8 @@ class MultistepScheduler(IndexedScheduler):
         if use.new_history:
             del outputs[0]
             outputs.append(run.history[0])
+            unread = len(outputs) - run.table.depth
+            outputs[:unread] = [None] * unread
         if use.new_anchor:
             self._keep(run.anchor)
         self._advance()
