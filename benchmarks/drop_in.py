@@ -14,6 +14,7 @@ from torch import Tensor
 import fastdiff
 from benchmarks.cases import Case
 from benchmarks.work import AUTOMATIC, Work
+from fastdiff import ops
 
 STEPS, INDEX = 20, 10
 LONGEST_HISTORY = 5
@@ -23,14 +24,16 @@ LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scal
 
 @dataclass(frozen=True)
 class Kind:
-    """A class and its configuration; history: how many states besides x it reads and writes in a step; calls: how many
-    calls make a step of the solver; data: whether the data prediction is given too."""
+    """A class and its configuration. history: how many states besides x a step reads; calls: how many calls make a step
+    of the solver; data: whether the data prediction is given too; pinned: attributes that have to be set back for a
+    call to be the same step again."""
 
     scheduler: str
     config: dict[str, Any] = field(default_factory=lambda: dict(LATENT_BETAS))
     history: int = 0
     calls: int = 1
     data: bool = False
+    pinned: tuple[str, ...] = ()
 
 
 KINDS = {
@@ -45,7 +48,7 @@ KINDS = {
     "ipndm": Kind("IPNDMScheduler", {}, history=3),
     "dpmpp_2m": Kind("DPMSolverMultistepScheduler", history=1),
     "dpmpp_3m": Kind("DPMSolverMultistepScheduler", {**LATENT_BETAS, "solver_order": 3}, history=2),
-    "unipc": Kind("UniPCMultistepScheduler", history=2),
+    "unipc": Kind("UniPCMultistepScheduler", history=2, pinned=("last_sample",)),
     "deis": Kind("DEISMultistepScheduler", history=1),
 }
 
@@ -54,21 +57,23 @@ def build(case: Case, device: torch.device) -> Work:
     import diffusers
 
     from fastdiff.integrations import diffusers as drop_in
-    from fastdiff.integrations.diffusers import scheduler as base
 
     kind, dtype = KINDS[case.variant], getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(case.shape, generator=generator).to(device, dtype) for _ in range(2 * (INDEX + 2))]
     theirs = _step(getattr(diffusers, kind.scheduler), kind, states)
     ours = _step(getattr(drop_in, kind.scheduler), kind, states)
-    draw = base.draw
+    draw = ops.torch_normal
+
+    def widened(shape: torch.Size, *, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return draw(shape, generator=generator, dtype=states[0].dtype).to(dtype)
+
     # In float64, but with the noise that the others draw.
-    noise = mock.patch.object(base, "draw", lambda like, generator, _=None: draw(like, generator, dtype).double())
-    with noise, fastdiff.use_backend("reference"):
+    with mock.patch.object(ops, "torch_normal", widened), fastdiff.use_backend("reference"):
         truth = _step(getattr(drop_in, kind.scheduler), kind, [state.double() for state in states])()
     elements = states[0].numel()
     read = 2 + kind.history
-    written = 1 + min(kind.history, 1)
+    written = 1 + min(kind.history, 1) + kind.data
     return Work(
         peers={"diffusers": theirs},
         ours=ours,
@@ -95,9 +100,13 @@ def _step(scheduler_class: Any, kind: Kind, states: list[Tensor]) -> Callable[[]
     for index in range(first):
         scheduler.step(pairs[index][1], times[index], pairs[index][0], return_dict=False, **given)
 
+    pinned = {name: getattr(scheduler, name) for name in kind.pinned}
+
     def call() -> Tensor:
         if indexed:
             scheduler._step_index = first
+        for name, value in pinned.items():
+            setattr(scheduler, name, value)
         generator.manual_seed(0)
         for index in range(first, first + kind.calls):
             x, m = pairs[index]

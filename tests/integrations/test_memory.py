@@ -34,6 +34,7 @@ CLASSES = [
     for name, value in vars(drop_in).items()
     if isinstance(value, type) and issubclass(value, Scheduler) and hasattr(value, "step")
 ]
+IMAGE = torch.zeros(SHAPE)
 
 
 def held(value: object, seen: set[int]) -> Iterator[Tensor]:
@@ -58,8 +59,9 @@ def test_what_is_held_between_steps(name):
     scheduler = getattr(drop_in, name)()
     scheduler.set_timesteps(10)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    image = {"original_image": IMAGE, "mask": IMAGE} if name == "RePaintScheduler" else {}
     for t in scheduler.timesteps[:7]:
         inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(network(inputs, t), t, x, return_dict=False)[0]
+        x = scheduler.step(network(inputs, t), t, x, **image, return_dict=False)[0]
         storages = {tensor.untyped_storage()._cdata for tensor in held(scheduler, set())}
         assert len(storages) <= KEPT.get(name, 0)
