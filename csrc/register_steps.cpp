@@ -1,5 +1,7 @@
 // Tensors in, raw pointers to the kernels, tensors out: a sampler's step and the operators before it. Arguments were
 // checked in fastdiff/ops.
+#include <c10/core/GradMode.h>
+
 #include "step_row.h"
 #include "tensors.h"
 
@@ -111,6 +113,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
   return {next_x, history, next_anchor, next_input};
 }
 
+// Whether `value` is what a plain step takes: on the CPU, of those sizes, floating, and without a gradient to record.
+bool plain(const Tensor& value, at::IntArrayRef sizes, bool recording) {
+  const at::ScalarType type = value.scalar_type();
+  return value.is_cpu() && value.sizes() == sizes && (type == at::kFloat || type == at::kHalf || type == at::kBFloat16) &&
+         !(recording && value.requires_grad());
+}
+
+bool plain_or_none(const OptionalTensor& value, at::IntArrayRef sizes, bool recording) {
+  return !value || plain(*value, sizes, recording);
+}
+
+bool kept_or_none(const OptionalTensor& value, at::IntArrayRef sizes, bool recording) {
+  return !value || (plain(*value, sizes, recording) && value->scalar_type() == at::kFloat && value->is_contiguous());
+}
+
+// The most frequent kind of step, checked here, where that takes a tenth of the time; nothing where the call is another
+// kind or wrong, which is then found out in fastdiff/ops.
+std::optional<std::tuple<Tensor, OptionalTensor, OptionalTensor>> plain_step(
+    const Tensor& x, const Tensor& model_output, const Tensor& table, int64_t row, const OptionalTensor& anchor,
+    const OptionalTensor& hist1, const OptionalTensor& hist2, const OptionalTensor& hist3, const OptionalTensor& noise,
+    bool new_history, bool new_anchor) {
+  const at::IntArrayRef sizes = x.sizes();
+  const bool recording = c10::GradMode::is_enabled();
+  if (sizes.empty() || x.numel() == 0 || !plain(x, sizes, recording) || !plain(model_output, sizes, recording) ||
+      !kept_or_none(anchor, sizes, recording) || !kept_or_none(hist1, sizes, recording) ||
+      !kept_or_none(hist2, sizes, recording) || !kept_or_none(hist3, sizes, recording) ||
+      !plain_or_none(noise, sizes, recording)) {
+    return std::nullopt;
+  }
+  if (!table.is_cpu() || table.scalar_type() != at::kFloat || table.dim() != 2 || table.size(1) != row::SIZE ||
+      !table.is_contiguous() || row < 0 || row >= table.size(0)) {
+    return std::nullopt;
+  }
+  const OptionalTensor none;
+  auto [next_x, history, next_anchor, next_input] =
+      sampler_step(x, model_output, table, row, none, anchor, hist1, hist2, hist3, noise, none, none, none, none, none,
+                   none, new_history, new_anchor, std::nullopt, std::nullopt);
+  return std::tuple{next_x, new_history ? OptionalTensor(history) : none,
+                    new_anchor ? OptionalTensor(next_anchor) : none};
+}
+
 Tensor guidance_weights(const Tensor& model_output, const Tensor& weights, double rescale, bool perpendicular,
                         const std::optional<int64_t>& channels) {
   const Tensor m = dense(model_output), out = at::empty(weights.sizes(), weights.options());
@@ -171,6 +214,7 @@ Tensor langevin_step_size(const Tensor& state, const Tensor& model_output, const
 
 void register_steps(py::module_& m) {
   m.def("sampler_step", &sampler_step);
+  m.def("plain_step", &plain_step);
   m.def("guidance_weights", &guidance_weights);
   m.def("dynamic_threshold", &dynamic_threshold);
   m.def("langevin_step_size", &langevin_step_size);

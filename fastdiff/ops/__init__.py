@@ -13,7 +13,7 @@ from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL
 from fastdiff.ops import checks, reference
 from fastdiff.ops.calling import call as _call
-from fastdiff.ops.calling import explanation
+from fastdiff.ops.calling import explanation, plain_step
 from fastdiff.ops.dispatch import REGISTERED, Report, report
 from fastdiff.ops.prepass import dynamic_threshold, guidance_weights, langevin_step_size
 from fastdiff.ops.torch_noise import torch_normal
@@ -92,12 +92,22 @@ def sampler_step(
     Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021, equation 15. Keeping an image: Lugmayr et al.,
     "RePaint", 2022, equation 8.
     """
+    given = len(history)
+    hist1 = history[0] if given > 0 else None
+    hist2 = history[1] if given > 1 else None
+    hist3 = history[2] if given > 2 else None
+    if (
+        counter is seeds is weights is scales is known is known_noise is mask is model_input is copies is None
+        and given <= 3
+    ):
+        plain = plain_step(x, model_output, table, row, anchor, hist1, hist2, hist3, noise, new_history, new_anchor)
+        if plain is not None:
+            return StepOutput(plain[0], plain[1], plain[2], None)
     if not x.is_contiguous():
         x = x.contiguous()
     checks.sampler_step(x, model_output, table, row, counter, anchor, history, noise, seeds, weights)
     if not (scales is known is known_noise is mask is copies is None):
         checks.sampler_step_options(x, scales, known, known_noise, mask, copies)
-    given = len(history)
     arguments = (
         x,
         model_output,
@@ -105,9 +115,9 @@ def sampler_step(
         row,
         counter,
         anchor,
-        history[0] if given > 0 else None,
-        history[1] if given > 1 else None,
-        history[2] if given > 2 else None,
+        hist1,
+        hist2,
+        hist3,
         noise,
         seeds,
         weights,

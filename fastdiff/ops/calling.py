@@ -30,6 +30,11 @@ def call(name: str, args: tuple[Any, ...]) -> Any:
     return dispatch.call(name, args)
 
 
+def plain_step(*args: Any) -> Any:
+    """`dispatch.plain_step`, but for a call that is only being asked about."""
+    return None if _explaining.get() else dispatch.plain_step(*args)
+
+
 def explanation(public: Callable[[], Any]) -> str:
     """What `dispatch.explain` says of the call that `public` makes; nothing is computed."""
     token = _explaining.set(True)

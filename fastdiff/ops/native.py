@@ -44,6 +44,13 @@ def capability() -> str:
     return "none" if isinstance(module, str) else str(module.cpu_capability())
 
 
+@cache
+def plain_step() -> Callable[..., Any] | None:
+    """The compiled step that checks its own arguments, or None."""
+    module = extension()
+    return None if isinstance(module, str) else module.plain_step
+
+
 class _Native(KernelBackend):
     """A function of fastdiff._C."""
 
