@@ -1,4 +1,79 @@
-"""k-diffusion's samplers and model wrappers, with its names and signatures and the rows of `fastdiff.samplers`.
+"""k-diffusion's samplers and model wrappers, by its names and signatures, with the rows of `fastdiff.samplers`.
 
-`sampling` and `external` stand in for the modules of those names; k-diffusion itself is not needed.
+`sampling` and `external` stand in for its modules of those names; k-diffusion itself is not needed.
 """
+
+from fastdiff.integrations.k_diffusion import external, sampling
+from fastdiff.integrations.k_diffusion.external import (
+    CompVisDenoiser,
+    CompVisVDenoiser,
+    DiscreteEpsDDPMDenoiser,
+    DiscreteSchedule,
+    DiscreteVDDPMDenoiser,
+    OpenAIDenoiser,
+    VDenoiser,
+)
+from fastdiff.integrations.k_diffusion.sampling import (
+    BatchedBrownianTree,
+    BrownianTreeNoiseSampler,
+    append_zero,
+    default_noise_sampler,
+    get_ancestral_step,
+    get_sigmas_exponential,
+    get_sigmas_karras,
+    get_sigmas_polyexponential,
+    get_sigmas_vp,
+    linear_multistep_coeff,
+    log_likelihood,
+    sample_dpm_2,
+    sample_dpm_2_ancestral,
+    sample_dpm_adaptive,
+    sample_dpm_fast,
+    sample_dpmpp_2m,
+    sample_dpmpp_2m_sde,
+    sample_dpmpp_2s_ancestral,
+    sample_dpmpp_3m_sde,
+    sample_dpmpp_sde,
+    sample_euler,
+    sample_euler_ancestral,
+    sample_heun,
+    sample_lms,
+    to_d,
+)
+
+__all__ = [
+    "BatchedBrownianTree",
+    "BrownianTreeNoiseSampler",
+    "CompVisDenoiser",
+    "CompVisVDenoiser",
+    "DiscreteEpsDDPMDenoiser",
+    "DiscreteSchedule",
+    "DiscreteVDDPMDenoiser",
+    "OpenAIDenoiser",
+    "VDenoiser",
+    "append_zero",
+    "default_noise_sampler",
+    "external",
+    "get_ancestral_step",
+    "get_sigmas_exponential",
+    "get_sigmas_karras",
+    "get_sigmas_polyexponential",
+    "get_sigmas_vp",
+    "linear_multistep_coeff",
+    "log_likelihood",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpm_adaptive",
+    "sample_dpm_fast",
+    "sample_dpmpp_2m",
+    "sample_dpmpp_2m_sde",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_3m_sde",
+    "sample_dpmpp_sde",
+    "sample_euler",
+    "sample_euler_ancestral",
+    "sample_heun",
+    "sample_lms",
+    "sampling",
+    "to_d",
+]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import trange
 
 from fastdiff import ops
 from fastdiff.errors import InputError
@@ -160,8 +161,7 @@ def run(
         for call in range(plan.counts[i]):
             level = sigma_hat if call == 0 or inner is None else inner[row]
             denoised = model(x, level * s_in, **arguments)
-            if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
-                raise _misfit(denoised, x)
+            check_output(denoised, x)
             if call == 0 and callback is not None:
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma_hat, "denoised": denoised})
             if plan.returns_data and row == last:
@@ -183,12 +183,14 @@ def _levels(plan: Plan, like: Tensor) -> Tensor:
     return torch.tensor(plan.table.levels[:, 1], dtype=like.dtype, device=like.device)
 
 
-def _misfit(denoised: object, x: Tensor) -> InputError:
-    got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
-    return InputError(
-        f"model: expected a data prediction of x's shape {tuple(x.shape)}, got {got}; wrap a network that predicts "
-        "noise or v in one of fastdiff.integrations.k_diffusion.external"
-    )
+def check_output(denoised: object, x: Tensor) -> None:
+    """InputError where the model gave no prediction for the state."""
+    if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
+        got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+        raise InputError(
+            f"model: expected a data prediction of x's shape {tuple(x.shape)}, got {got}; wrap a network that predicts "
+            "noise or v in one of fastdiff.integrations.k_diffusion.external"
+        )
 
 
 def read_levels(sigmas: Tensor, *, falling: bool = False) -> tuple[float, ...]:
@@ -206,6 +208,28 @@ def read_levels(sigmas: Tensor, *, falling: bool = False) -> tuple[float, ...]:
     if falling and any(to > since for since, to in pairwise(levels)):
         raise InputError(f"sigmas: expected falling numbers for a sampler that adds noise, got {list(levels)}")
     return levels
+
+
+def read_ends(sigma_min: Any, sigma_max: Any, eta: float) -> tuple[Tensor, Tensor]:
+    """-log of sigma_max and of sigma_min, where the run begins and ends, on the host.
+
+    Errors: InputError where one is no positive number, or eta fits no run that goes up.
+    """
+    ends = []
+    for name, value in (("sigma_max", sigma_max), ("sigma_min", sigma_min)):
+        number = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+        end = torch.as_tensor(value).detach().cpu() if number else None
+        if end is None or end.numel() != 1 or not 0.0 < end.item() < math.inf:
+            raise InputError(f"{name}: expected a positive number, got {value!r}")
+        ends.append(end.reshape(()) if end.is_floating_point() else end.reshape(()).float())
+    if ends[1] >= ends[0] and eta:
+        raise InputError(f"eta: expected 0 for a run from {sigma_max} up to {sigma_min}, got {eta!r}")
+    return -ends[0].log(), -ends[1].log()
+
+
+def steps_of(levels: Sequence[float], disable: bool | None) -> Iterable[int]:
+    """The numbers of the steps, with a progress bar."""
+    return trange(len(levels) - 1, disable=disable)
 
 
 def check_state(x: Tensor) -> None:

@@ -5,7 +5,6 @@ Plans are kept: the same levels and options give the same object.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from fastdiff import samplers, schedules
+from fastdiff.errors import InputError
 from fastdiff.integrations.k_diffusion.loop import Plan
 from fastdiff.integrations.k_diffusion.sigmas import get_ancestral_step
 from fastdiff.samplers import dpm2, euler
@@ -25,7 +25,7 @@ from fastdiff.samplers.exponential import Data, Form, Noise
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.singlestep import Aim, block_rows
-from fastdiff.samplers.table import StepTable, fraction, make_table
+from fastdiff.samplers.table import StepTable, fraction, make_table, whole
 
 Levels = tuple[float, ...]
 
@@ -104,7 +104,12 @@ def dpm2_ancestral(levels: Levels, dtype: torch.dtype, eta: float, s_noise: floa
 
 @_cached
 def dpmpp_2s_ancestral(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float) -> Plan:
-    split = split_in(dtype, eta)
+    rounded = split_in(dtype, eta)
+
+    def split(r: float, r1: float) -> tuple[float, float]:
+        down, up = rounded(r, r1)
+        return min(down, r * (1.0 - _APART)), up
+
     orders = [2 if split(r, r1)[0] else 1 for r, r1 in pairwise(levels)]
     table = _blocks("dpmpp_2s_ancestral", levels, orders, Aim(split, s_noise), Data)
     return Plan(table, tuple(orders), tuple(order == 1 for order in orders for _ in range(order)))
@@ -174,10 +179,22 @@ def _apart(levels: Levels) -> Levels:
     return tuple(result)
 
 
+def fast_steps(evaluations: Any) -> int:
+    """The steps of DPM-Solver-fast; InputError where so many calls of the model make none."""
+    return whole("sample_dpm_fast", "n", evaluations, 1, 100_000) // 3 + 1
+
+
+def node(r: Any) -> float:
+    """The place of an inner point; InputError where it is none."""
+    if isinstance(r, bool) or not isinstance(r, int | float) or not 0.0 < r <= 1.0:
+        raise InputError(f"sample_dpmpp_sde: r: expected a number above 0 and at most 1, got {r!r}")
+    return float(r)
+
+
 def _round(value: float, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=dtype).item()
 
 
 def noise_options(eta: Any, s_noise: Any) -> tuple[float, float]:
     """Both as numbers; InputError where one is negative or none."""
-    return fraction("sampler", "eta", eta, high=math.inf), fraction("sampler", "s_noise", s_noise, high=math.inf)
+    return fraction("sampler", "eta", eta, high=10.0), fraction("sampler", "s_noise", s_noise, high=10.0)
