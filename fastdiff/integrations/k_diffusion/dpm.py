@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdiff.integrations.k_diffusion import plans
-from fastdiff.integrations.k_diffusion.loop import Draw, Plan, check_state, read_ends, read_levels, run, steps_of
+from fastdiff.integrations.k_diffusion.loop import Draw, Plan, begin, check_state, read_ends, run, steps_of
 from fastdiff.integrations.k_diffusion.noise import NoiseSampler, at_the_end, brownian, noise_or_default
 from fastdiff.samplers.exponential import SOLVERS
 from fastdiff.samplers.table import choice
@@ -72,8 +72,7 @@ def sample_dpmpp_2s_ancestral(
     (down, up) = `get_ancestral_step`(s, s', eta); a step whose `down` is 0 is Euler's.
     Source: Lu et al. 2022, "DPM-Solver++", algorithm 1; k-diffusion (Katherine Crowson).
     """
-    check_state(x)
-    levels = read_levels(sigmas, falling=True)
+    levels = begin(x, sigmas, falling=True)
     if len(levels) == 1:
         return x
     plan = plans.dpmpp_2s_ancestral(levels, sigmas.dtype, *plans.noise_options(eta, s_noise))
@@ -90,8 +89,7 @@ def sample_dpmpp_sde(
     Without a noise_sampler the noise of both is that of a Brownian path (torchsde). A step to s' = 0 is Euler's.
     Source: Lu et al. 2022, "DPM-Solver++"; k-diffusion (Katherine Crowson).
     """
-    check_state(x)
-    levels = read_levels(sigmas, falling=True)
+    levels = begin(x, sigmas, falling=True)
     if len(levels) == 1:
         return x
     plan = plans.dpmpp_sde(levels, sigmas.dtype, *plans.noise_options(eta, s_noise), plans.node(r))
@@ -120,8 +118,7 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
 
     The first step and one to s' = 0 have no D0. Source: Lu et al. 2022, "DPM-Solver++", algorithm 2.
     """
-    check_state(x)
-    levels = read_levels(sigmas)
+    levels = begin(x, sigmas)
     if len(levels) == 1:
         return x
     plan = plans.dpmpp_2m(levels)
@@ -148,8 +145,7 @@ def sample_dpmpp_2m_sde(
     Source: Lu et al. 2022, "DPM-Solver++"; k-diffusion (Katherine Crowson).
     """
     choice("sample_dpmpp_2m_sde", "solver_type", solver_type, SOLVERS)
-    check_state(x)
-    levels = read_levels(sigmas, falling=True)
+    levels = begin(x, sigmas, falling=True)
     if len(levels) == 1:
         return x
     plan = plans.dpmpp_2m_sde(levels, *plans.noise_options(eta, s_noise), solver_type)
@@ -165,8 +161,7 @@ def sample_dpmpp_3m_sde(
 
     Source: k-diffusion (Katherine Crowson), after Lu et al. 2022, "DPM-Solver++".
     """
-    check_state(x)
-    levels = read_levels(sigmas, falling=True)
+    levels = begin(x, sigmas, falling=True)
     if len(levels) == 1:
         return x
     plan = plans.dpmpp_3m_sde(levels, *plans.noise_options(eta, s_noise))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.integrations.k_diffusion import plans
-from fastdiff.integrations.k_diffusion.loop import check_state, read_levels, run, steps_of
+from fastdiff.integrations.k_diffusion.loop import begin, run, steps_of
 from fastdiff.integrations.k_diffusion.noise import at_the_end, noise_or_default
 from fastdiff.samplers.terms import lagrange_weights
 
@@ -46,8 +46,9 @@ def sample_euler_ancestral(
 
     Source: k-diffusion (Katherine Crowson).
     """
-    check_state(x)
-    levels = read_levels(sigmas, falling=True)
+    levels = begin(x, sigmas, falling=True)
+    if len(levels) == 1:
+        return x
     plan = plans.euler_ancestral(levels, sigmas.dtype, *plans.noise_options(eta, s_noise))
     draw = at_the_end(plan, noise_or_default(noise_sampler, x), sigmas, levels)
     return run(model, x, sigmas, plan, steps_of(levels, disable), extra_args=extra_args, callback=callback, draw=draw)
@@ -104,8 +105,9 @@ def sample_dpm_2_ancestral(
 
     A step whose `down` is 0 is Euler's and adds no noise. Source: k-diffusion (Katherine Crowson).
     """
-    check_state(x)
-    levels = read_levels(sigmas, falling=True)
+    levels = begin(x, sigmas, falling=True)
+    if len(levels) == 1:
+        return x
     plan = plans.dpm2_ancestral(levels, sigmas.dtype, *plans.noise_options(eta, s_noise))
     noise = noise_or_default(noise_sampler, x)
 
@@ -121,8 +123,9 @@ def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, o
 
     order is from 1 to 4. Source: k-diffusion (Katherine Crowson); Adams and Bashforth 1883.
     """
-    check_state(x)
-    levels = read_levels(sigmas)
+    levels = begin(x, sigmas)
+    if len(levels) == 1:
+        return x
     plan = plans.lms(levels, order)
     return run(model, x, sigmas, plan, steps_of(levels, disable), extra_args=extra_args, callback=callback)
 
@@ -142,8 +145,7 @@ def _churned(
     method: str, model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any, churn: Any
 ) -> Tensor:
     """Karras et al. 2022, algorithm 2, with the steps of `method`."""
-    check_state(x)
-    levels = read_levels(sigmas)
+    levels = begin(x, sigmas)
     if len(levels) == 1:
         return x
     plan = plans.churned(method, levels, sigmas.dtype, *churn)

@@ -52,6 +52,7 @@ class Rows:
 
     def __init__(self, table: StepTable, device: torch.device) -> None:
         self._table, self._coefficients = table, table.tensor(device)
+        self._exact: Tensor | None = None
         self._history: tuple[Tensor, ...] = ()
         self._anchor: Tensor | None = None
 
@@ -76,7 +77,9 @@ class Rows:
             "new_anchor": use.new_anchor,
         }
         if x.dtype == torch.float64:
-            step = _apply_in_float64(self._table, row, x, denoised, **given)
+            # On the host, where the specification reads them.
+            self._exact = torch.tensor(self._table.rows) if self._exact is None else self._exact
+            step = _apply_in_float64(self._exact, row, x, denoised, **given)
         else:
             step = ops.sampler_step(x, denoised, self._coefficients, row, **given)
         if step.history is not None:
@@ -87,7 +90,7 @@ class Rows:
 
 
 def _apply_in_float64(
-    table: StepTable,
+    table: Tensor,
     row: int,
     x: Tensor,
     denoised: Tensor,
@@ -103,7 +106,7 @@ def _apply_in_float64(
     step = reference.sampler_step(
         x,
         denoised,
-        torch.from_numpy(table.rows).to(x.device),
+        table,
         row,
         counter=None,
         anchor=anchor,
@@ -230,6 +233,12 @@ def read_ends(sigma_min: Any, sigma_max: Any, eta: float) -> tuple[Tensor, Tenso
 def steps_of(levels: Sequence[float], disable: bool | None) -> Iterable[int]:
     """The numbers of the steps, with a progress bar."""
     return trange(len(levels) - 1, disable=disable)
+
+
+def begin(x: Tensor, sigmas: Tensor, *, falling: bool = False) -> tuple[float, ...]:
+    """`check_state` and `read_levels`."""
+    check_state(x)
+    return read_levels(sigmas, falling=falling)
 
 
 def check_state(x: Tensor) -> None:

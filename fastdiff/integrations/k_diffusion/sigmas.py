@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdiff.errors import InputError
 
 
-def append_zero(x: Tensor) -> Tensor:
+def append_zero(x):
     """(x, 0): the levels of a run that ends at the data. x has one dimension."""
     return torch.cat([x, x.new_zeros([1])])
 
@@ -27,7 +27,7 @@ def append_dims(x: Tensor, target_dims: int) -> Tensor:
     return x.reshape(*x.shape, *[1] * missing)
 
 
-def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
+def to_d(x, sigma, denoised):
     """d = (x - D) / sigma, the derivative dx/dsigma of the probability flow. sigma: one number, or one per sample.
 
     Source: Karras et al. 2022, equation 3 with D for the score.
@@ -35,7 +35,7 @@ def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
     return (x - denoised) / append_dims(sigma, x.dim())
 
 
-def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tuple[Any, Any]:
+def get_ancestral_step(sigma_from, sigma_to, eta=1.0):
     """(d, u): u = min(s', eta sqrt(s'^2 (s^2 - s'^2) / s^2)), d = sqrt(s'^2 - u^2): go down to d, then add u z.
 
     sigma_from s and sigma_to s' are tensors or numbers; with eta = 0 it is (s', 0).
