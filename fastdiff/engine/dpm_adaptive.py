@@ -137,7 +137,8 @@ def dpm_adaptive(
         if eps is None:
             eps = network.noise(y, np.exp(-place))
         low, high = pair(order, network.noise, y, eps, torch.from_numpy(place), torch.from_numpy(down))
-        accepted = control.accept(scaled_error(low, high, previous, rtol, atol, groups), active)
+        error = scaled_error(low, high, previous, rtol, atol, groups)
+        accepted = control.accept(error.double().cpu().numpy(), active)
         if accepted.any():
             if eta:
                 high = high + column(s_noise * up, y) * _normal(keys, y.shape, taken)
@@ -161,11 +162,11 @@ def _split(start: Array, to: Array, last: float, eta: float) -> tuple[Array, Arr
     return down, np.sqrt(np.maximum(np.exp(-2.0 * to) - np.exp(-2.0 * down), 0.0))
 
 
-def scaled_error(low: Tensor, high: Tensor, previous: Tensor, rtol: float, atol: float, groups: int) -> Array:
+def scaled_error(low: Tensor, high: Tensor, previous: Tensor, rtol: float, atol: float, groups: int) -> Tensor:
     """Root mean square of (low - high) / max(atol, rtol |y|), one number for each group of samples."""
     allowed = torch.maximum(low.abs(), previous.abs()).mul_(rtol).clamp_(min=atol)
     ratio = ((low - high) / allowed).view(groups, -1)
-    return (torch.linalg.vector_norm(ratio, dim=1).double() / math.sqrt(ratio.shape[1])).cpu().numpy()
+    return torch.linalg.vector_norm(ratio, dim=1) / math.sqrt(ratio.shape[1])
 
 
 def _normal(keys: Tensor, shape: torch.Size, steps: Array) -> Tensor:

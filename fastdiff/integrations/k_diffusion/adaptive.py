@@ -101,10 +101,11 @@ class _Adaptive:
             eps = self._epsilon(x, s.neg().exp())
             denoised = (x - eps * s.neg().exp()).to(x.dtype)
             low, high = pair(self.order, self._epsilon, x, eps, s, down)
-            error = scaled_error(low, high, previous, rtol, atol, 1)
-            if not np.isfinite(error).all():
+            error = scaled_error(low, high, previous, rtol, atol, 1)[0]
+            size = np.array([error.item()])
+            if not np.isfinite(size).all():
                 raise InputError(f"model: gave numbers that are not finite near sigma = {math.exp(-s.item()):g}")
-            accepted = bool(control.accept(error, np.array([True])).item())
+            accepted = bool(control.accept(size, np.array([True])).item())
             if accepted:
                 noise = self.noise(s.neg().exp(), t.neg().exp())
                 self.dtype = torch.promote_types(self.dtype, noise.dtype)
@@ -114,7 +115,7 @@ class _Adaptive:
             info["steps"] += 1
             if self.callback is not None:
                 sigma = s.neg().exp()
-                tried = {"i": info["steps"] - 1, "t": s, "t_up": s, "error": torch.tensor(error.item())}
+                tried = {"i": info["steps"] - 1, "t": s, "t_up": s, "error": error}
                 levels = {"sigma": sigma, "sigma_hat": sigma, "h": control.h.item()}
                 self.callback({**levels, "x": x, "denoised": denoised, **tried, **info})
         return x, info

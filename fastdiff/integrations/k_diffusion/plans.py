@@ -32,7 +32,8 @@ Levels = tuple[float, ...]
 _KEPT_PLANS = 64
 _SMALLEST = 1e-30
 _APART = 1e-12
-_cached = lru_cache(maxsize=_KEPT_PLANS)
+# By type as well: True is no 1.0.
+_cached = lru_cache(maxsize=_KEPT_PLANS, typed=True)
 
 
 @lru_cache(maxsize=1)
