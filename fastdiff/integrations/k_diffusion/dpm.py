@@ -121,7 +121,7 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
     levels = begin(x, sigmas)
     if len(levels) == 1:
         return x
-    plan = plans.dpmpp_2m(levels)
+    plan = plans.dpmpp_2m(levels, sigmas.dtype)
     return run(model, x, sigmas, plan, steps_of(levels, disable), extra_args=extra_args, callback=callback)
 
 
@@ -148,7 +148,7 @@ def sample_dpmpp_2m_sde(
     levels = begin(x, sigmas, falling=True)
     if len(levels) == 1:
         return x
-    plan = plans.dpmpp_2m_sde(levels, *plans.noise_options(eta, s_noise), solver_type)
+    plan = plans.dpmpp_2m_sde(levels, sigmas.dtype, *plans.noise_options(eta, s_noise), solver_type)
     draw = _sde_noise(plan, x, sigmas, levels, eta, noise_sampler)
     return run(model, x, sigmas, plan, steps_of(levels, disable), extra_args=extra_args, callback=callback, draw=draw)
 
@@ -164,7 +164,7 @@ def sample_dpmpp_3m_sde(
     levels = begin(x, sigmas, falling=True)
     if len(levels) == 1:
         return x
-    plan = plans.dpmpp_3m_sde(levels, *plans.noise_options(eta, s_noise))
+    plan = plans.dpmpp_3m_sde(levels, sigmas.dtype, *plans.noise_options(eta, s_noise))
     draw = _sde_noise(plan, x, sigmas, levels, eta, noise_sampler)
     return run(model, x, sigmas, plan, steps_of(levels, disable), extra_args=extra_args, callback=callback, draw=draw)
 

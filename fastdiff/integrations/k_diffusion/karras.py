@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.integrations.k_diffusion import plans
 from fastdiff.integrations.k_diffusion.loop import begin, run, steps_of
-from fastdiff.integrations.k_diffusion.noise import at_the_end, noise_or_default
+from fastdiff.integrations.k_diffusion.noise import at_the_end, noise_or_default, normal_like
 from fastdiff.samplers.terms import lagrange_weights
 
 
@@ -155,9 +155,9 @@ def _churned(
         """What raises the next step's level: the last row of this one adds it."""
         if call + 1 < counts[step] or step + 1 == len(counts):
             return None
-        return torch.randn_like(start, dtype=dtype)
+        return normal_like(start, dtype)
 
-    noise = torch.randn_like(x)
+    noise = normal_like(x)
     if plan.gammas[0] > 0.0:
         x = x + noise * plan.first_noise
     return run(model, x, sigmas, plan, steps_of(levels, disable), extra_args=extra_args, callback=callback, draw=draw)

@@ -14,9 +14,14 @@ from fastdiff.integrations.k_diffusion.loop import Draw, Plan
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 
+def normal_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Standard normal noise from PyTorch's own generator, laid out as x is: so the same number goes to each element."""
+    return torch.randn_like(x, dtype=dtype)
+
+
 def default_noise_sampler(x):
     """(sigma, sigma_next) -> standard normal noise like x, from PyTorch's own generator."""
-    return lambda sigma, sigma_next: torch.randn_like(x)
+    return lambda sigma, sigma_next: normal_like(x)
 
 
 class BatchedBrownianTree:

@@ -5,6 +5,7 @@ Plans are kept: the same levels and options give the same object.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -59,6 +60,12 @@ def split_in(dtype: torch.dtype, eta: float) -> Split:
         return float(down), float(up)
 
     return split
+
+
+def logarithmic(levels: Levels, dtype: torch.dtype) -> Levels:
+    """The levels as samplers that step in -log sigma round them: in many short steps the rounding adds up."""
+    logarithms = (torch.tensor(level, dtype=dtype).log() for level in levels)
+    return tuple(math.exp(logarithm) for logarithm in logarithms)
 
 
 @_cached
@@ -129,24 +136,24 @@ def dpmpp_sde(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float, r:
         return (max(down, _SMALLEST) if r1 else 0.0), up
 
     counts = tuple(2 if end else 1 for end in levels[1:])
-    table = _blocks("dpmpp_sde", levels, counts, Aim(split, s_noise, sde=True), Data, node=r)
+    table = _blocks("dpmpp_sde", logarithmic(levels, dtype), counts, Aim(split, s_noise, sde=True), Data, node=r)
     return Plan(table, counts, tuple(count == 1 for count in counts for _ in range(count)))
 
 
 @_cached
-def dpmpp_2m(levels: Levels) -> Plan:
-    table = samplers.find("dpmpp_2m").rows(problem_of(levels), lower_order_final=False)
+def dpmpp_2m(levels: Levels, dtype: torch.dtype) -> Plan:
+    table = samplers.find("dpmpp_2m").rows(problem_of(logarithmic(levels, dtype)), lower_order_final=False)
     return _single(table, promotes=False)
 
 
 @_cached
-def dpmpp_2m_sde(levels: Levels, eta: float, s_noise: float, solver: str) -> Plan:
-    return _multistep_sde("dpmpp_2m_sde", levels, eta=eta, s_noise=s_noise, solver=solver)
+def dpmpp_2m_sde(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float, solver: str) -> Plan:
+    return _multistep_sde("dpmpp_2m_sde", logarithmic(levels, dtype), eta=eta, s_noise=s_noise, solver=solver)
 
 
 @_cached
-def dpmpp_3m_sde(levels: Levels, eta: float, s_noise: float) -> Plan:
-    return _multistep_sde("dpmpp_3m_sde", levels, eta=eta, s_noise=s_noise, curvature="half")
+def dpmpp_3m_sde(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float) -> Plan:
+    return _multistep_sde("dpmpp_3m_sde", logarithmic(levels, dtype), eta=eta, s_noise=s_noise, curvature="half")
 
 
 @_cached
