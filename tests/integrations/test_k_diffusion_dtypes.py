@@ -80,3 +80,16 @@ def test_float64_keeps_its_digits(name):
     for (our_x, _), (their_x, _) in zip(mine.calls, theirs.calls, strict=True):
         assert distance(our_x, their_x) < 1e-9
     assert distance(mine.result, theirs.result) < 1e-9
+
+
+@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("noise", [torch.float32, torch.float64], ids=str)
+def test_wider_noise_widens_the_state(name, noise):
+    def sampler():
+        generator = torch.Generator().manual_seed(4)
+        return lambda sigma, sigma_next: torch.randn(SHAPE, generator=generator).to(noise)
+
+    mine, theirs = both(name, start(20.0, torch.float16), karras(4), noise_sampler=sampler)
+    assert [x.dtype for x, _ in mine.calls] == [x.dtype for x, _ in theirs.calls]
+    assert mine.calls[-1][0].dtype == noise
+    assert mine.result.dtype == theirs.result.dtype

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")
 
 
 @pytest.mark.parametrize("seed", [None, 12, [3, 4]], ids=str)
-@pytest.mark.parametrize("transform", [None, torch.log], ids=["identity", "log"])
+@pytest.mark.parametrize("transform", [None, torch.log, torch.neg], ids=["identity", "log", "falling"])
 def test_brownian_noise(seed, transform):
     """The same seeds, and where there are none the same draw of one, give the same path."""
     options = {} if transform is None else {"transform": transform}
