@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.integrations.k_diffusion import plans
-from fastdiff.integrations.k_diffusion.loop import begin, run, steps_of
+from fastdiff.integrations.k_diffusion.loop import begin, check_output, run, steps_of
 from fastdiff.integrations.k_diffusion.noise import at_the_end, noise_or_default, normal_like
-from fastdiff.samplers.terms import lagrange_weights
+from fastdiff.integrations.k_diffusion.sigmas import to_d
+from fastdiff.samplers.table import whole
+from fastdiff.samplers.terms import ADAMS_BASHFORTH, lagrange_weights
 
 
 @torch.no_grad()
@@ -121,13 +123,38 @@ def sample_dpm_2_ancestral(
 def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, order=4):
     """x' = x + sum_j c_j d_j, c_j the integral from s to s' of the Lagrange polynomial of the last `order` levels to j.
 
-    order is from 1 to 4. Source: k-diffusion (Katherine Crowson); Adams and Bashforth 1883.
+    Beyond order 4 a row has no room for the slopes, and each step is done term by term. Source: k-diffusion (Katherine Crowson); Adams and Bashforth 1883.
     """
     levels = begin(x, sigmas)
     if len(levels) == 1:
         return x
+    if whole("sample_lms", "order", order, 1, 100) > len(ADAMS_BASHFORTH):
+        return _long_multistep(model, x, sigmas, levels, extra_args or {}, callback, disable, order)
     plan = plans.lms(levels, order)
     return run(model, x, sigmas, plan, steps_of(levels, disable), extra_args=extra_args, callback=callback)
+
+
+def _long_multistep(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    levels: plans.Levels,
+    extra_args: Any,
+    callback: Any,
+    disable: Any,
+    order: int,
+) -> Tensor:
+    """`sample_lms` of any order."""
+    s_in, slopes = x.new_ones([x.shape[0]]), []
+    for i in steps_of(levels, disable):
+        denoised = model(x, sigmas[i] * s_in, **extra_args)
+        check_output(denoised, x)
+        slopes = [to_d(x, sigmas[i], denoised), *slopes[: order - 1]]
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        for j, slope in enumerate(slopes):
+            x = x + linear_multistep_coeff(len(slopes), levels, i, j) * slope
+    return x
 
 
 def linear_multistep_coeff(order, t, i, j):
