@@ -14,7 +14,7 @@ OPTIONS = {
     "dpm_2": [{}, CHURN, {"s_churn": 40.0}],
     "euler_ancestral": [{}, {"eta": 0.6, "s_noise": 1.1}, {"eta": 0.0}, {"eta": 1.2}],
     "dpm_2_ancestral": [{}, {"eta": 0.6, "s_noise": 1.1}, {"eta": 0.0}, {"eta": 1.2}],
-    "lms": [{}, {"order": 1}, {"order": 2}, {"order": 3}, {"order": 5}, {"order": 6}],
+    "lms": [{}, {"order": 1}, {"order": 2}, {"order": 3}, {"order": 5}],
     "dpmpp_2s_ancestral": [{}, {"eta": 0.6, "s_noise": 1.1}, {"eta": 0.0}, {"eta": 1.2}],
     "dpmpp_sde": [{}, {"eta": 0.6, "s_noise": 1.1}, {"eta": 0.0}, {"eta": 1.2}, {"r": 0.3}, {"r": 1.0}],
     "dpmpp_2m": [{}],

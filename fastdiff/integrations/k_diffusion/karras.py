@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.integrations.k_diffusion import plans
-from fastdiff.integrations.k_diffusion.loop import begin, check_output, run, steps_of
+from fastdiff.integrations.k_diffusion.loop import Callback, Model, begin, check_output, run, steps_of
 from fastdiff.integrations.k_diffusion.noise import at_the_end, noise_or_default, normal_like
 from fastdiff.integrations.k_diffusion.sigmas import to_d
 from fastdiff.samplers.table import whole
@@ -123,7 +123,8 @@ def sample_dpm_2_ancestral(
 def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, order=4):
     """x' = x + sum_j c_j d_j, c_j the integral from s to s' of the Lagrange polynomial of the last `order` levels to j.
 
-    Beyond order 4 a row has no room for the slopes, and each step is done term by term. Source: k-diffusion (Katherine Crowson); Adams and Bashforth 1883.
+    Beyond order 4 a row has no room for the slopes, and each step is done term by term.
+    Source: k-diffusion (Katherine Crowson); Adams and Bashforth 1883.
     """
     levels = begin(x, sigmas)
     if len(levels) == 1:
@@ -135,17 +136,18 @@ def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, o
 
 
 def _long_multistep(
-    model: Any,
+    model: Model,
     x: Tensor,
     sigmas: Tensor,
     levels: plans.Levels,
-    extra_args: Any,
-    callback: Any,
-    disable: Any,
+    extra_args: dict[str, Any],
+    callback: Callback | None,
+    disable: bool | None,
     order: int,
 ) -> Tensor:
     """`sample_lms` of any order."""
-    s_in, slopes = x.new_ones([x.shape[0]]), []
+    s_in = x.new_ones([x.shape[0]])
+    slopes: list[Tensor] = []
     for i in steps_of(levels, disable):
         denoised = model(x, sigmas[i] * s_in, **extra_args)
         check_output(denoised, x)
