@@ -25,41 +25,50 @@ Flags = npt.NDArray[np.bool_]
 
 SMALLEST_STEP = 1e-5
 """In lambda: what is left of the way is added to a step when it is less than this."""
-NoisePrediction = Callable[[Tensor, Array], Tensor]
+NoisePrediction = Callable[[Tensor, Tensor], Tensor]
 
 
-def pair(order: int, noise: NoisePrediction, y: Tensor, eps: Tensor, start: Array, end: Array) -> tuple[Tensor, Tensor]:
+def pair(
+    order: int, noise: NoisePrediction, y: Tensor, eps: Tensor, start: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
     """(the solution of order - 1, that of `order`), 2 or 3, at lambda = end, from y and eps = noise(y, r) at start.
 
     a(c) = y - r_c (e^(c h) - 1) eps is the state at lambda + c h, phi(h) = (e^h - 1)/h - 1. With c_1 = 1/order:
     1: a(1);    2: a(1) - r' (e^h - 1)/(2 c_1) (eps_1 - eps), eps_1 at a(c_1);
     3: a(1) - r' phi(h)/c_2 (eps_2 - eps), c_2 = 2/3, eps_2 at a(c_2) - r_2 (c_2/c_1) phi(c_2 h) (eps_1 - eps).
+    start and end are numbers on the host, (groups,) or one without dimensions, whose dtype is that of the coefficients:
+    the error is a small difference of the two solutions and shows their rounding.
     """
     h = end - start
 
-    def forward(c: float, *terms: tuple[Array | float, Tensor]) -> Tensor:
-        """a(c) minus r_c times each factor times its tensor."""
-        ratio = np.exp(-(start + c * h))
-        state = y - column(ratio * np.expm1(c * h), y) * eps
-        for factor, tensor in terms:
-            state = state - column(ratio * factor, y) * tensor
+    def forward(c: float, *terms: tuple[float, Tensor, Tensor]) -> Tensor:
+        """a(c) minus r_c times each factor, over each divisor, times each tensor."""
+        ratio = _ratio(c)
+        state = y - _coefficient(ratio * (c * h).expm1(), y) * eps
+        for divisor, factor, tensor in terms:
+            state = state - _coefficient(ratio / divisor * factor, y) * tensor
         return state
 
-    def noise_at(c: float, state: Tensor) -> Tensor:
-        return noise(state, np.exp(-(start + c * h)))
+    def _ratio(c: float) -> Tensor:
+        return (end if c == 1.0 else start + c * h).neg().exp()
 
     c1, c2 = 1.0 / order, 2.0 / 3.0
-    change1 = noise_at(c1, forward(c1)) - eps
-    second = forward(1.0, (np.expm1(h) / (2.0 * c1), change1))
+    change1 = noise(forward(c1), _ratio(c1)) - eps
+    second = forward(1.0, (2.0 * c1, h.expm1(), change1))
     if order == 2:
         return forward(1.0), second
-    change2 = noise_at(c2, forward(c2, (c2 / c1 * _phi(c2 * h), change1))) - eps
-    return second, forward(1.0, (_phi(h) / c2, change2))
+    change2 = noise(forward(c2, (c1 / c2, _phi(c2 * h), change1)), _ratio(c2)) - eps
+    return second, forward(1.0, (c2, _phi(h), change2))
 
 
-def _phi(h: Array) -> Array:
+def _coefficient(values: Tensor, like: Tensor) -> Tensor:
+    """A number as it is, which every device takes, or a number for each sample."""
+    return values if values.dim() == 0 else column(values, like)
+
+
+def _phi(h: Tensor) -> Tensor:
     """(e^h - 1)/h - 1, 0 at h = 0."""
-    return np.where(h == 0.0, 0.0, np.expm1(h) / np.where(h == 0.0, 1.0, h) - 1.0)
+    return torch.where(h == 0.0, 0.0, h.expm1() / torch.where(h == 0.0, 1.0, h) - 1.0)
 
 
 class Controller:
@@ -127,8 +136,9 @@ def dpm_adaptive(
             down, up = _split(place, to, last, eta)
         if eps is None:
             eps = network.noise(y, np.exp(-place))
-        low, high = pair(order, network.noise, y, eps, place, down)
-        accepted = control.accept(_error(low, high, previous, rtol, atol, groups), active)
+        low, high = pair(order, network.noise, y, eps, torch.from_numpy(place), torch.from_numpy(down))
+        error = scaled_error(low, high, previous, rtol, atol, groups)
+        accepted = control.accept(error.double().cpu().numpy(), active)
         if accepted.any():
             if eta:
                 high = high + column(s_noise * up, y) * _normal(keys, y.shape, taken)
@@ -152,11 +162,11 @@ def _split(start: Array, to: Array, last: float, eta: float) -> tuple[Array, Arr
     return down, np.sqrt(np.maximum(np.exp(-2.0 * to) - np.exp(-2.0 * down), 0.0))
 
 
-def _error(low: Tensor, high: Tensor, previous: Tensor, rtol: float, atol: float, groups: int) -> Array:
+def scaled_error(low: Tensor, high: Tensor, previous: Tensor, rtol: float, atol: float, groups: int) -> Tensor:
     """Root mean square of (low - high) / max(atol, rtol |y|), one number for each group of samples."""
     allowed = torch.maximum(low.abs(), previous.abs()).mul_(rtol).clamp_(min=atol)
     ratio = ((low - high) / allowed).view(groups, -1)
-    return (torch.linalg.vector_norm(ratio, dim=1).double() / math.sqrt(ratio.shape[1])).cpu().numpy()
+    return torch.linalg.vector_norm(ratio, dim=1) / math.sqrt(ratio.shape[1])
 
 
 def _normal(keys: Tensor, shape: torch.Size, steps: Array) -> Tensor:

@@ -33,9 +33,9 @@ class AdaptiveStep:
 Callback = Callable[[AdaptiveStep], None]
 
 
-def column(values: Sequence[float] | Array, like: Tensor) -> Tensor:
+def column(values: Sequence[float] | Array | Tensor, like: Tensor) -> Tensor:
     """One float32 number for each sample, or one for all, shaped to be multiplied with the state."""
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * (like.dim() - 1))
+    return torch.as_tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 class Network:
@@ -54,7 +54,7 @@ class Network:
         self.evaluations = 0
         self._denoiser, self._problem, self._dtype, self._guidance = denoiser, problem, dtype, guidance
 
-    def data(self, y: Tensor, ratios: Sequence[float] | Array) -> Tensor:
+    def data(self, y: Tensor, ratios: Sequence[float] | Array | Tensor) -> Tensor:
         """D(y, r), float32; ratios has one r for each sample, or one for all."""
         points = [self._problem.at_ratio(ratio, scaled=True) for ratio in map(float, ratios)]
         scale = column([point.input_scale for point in points], y)
@@ -67,7 +67,7 @@ class Network:
         clip = self._problem.clip
         return data if clip is None else data.clamp(-clip, clip)
 
-    def noise(self, y: Tensor, ratios: Sequence[float] | Array) -> Tensor:
+    def noise(self, y: Tensor, ratios: Sequence[float] | Array | Tensor) -> Tensor:
         """epsilon(y, r) = (y - D) / r."""
         return (y - self.data(y, ratios)) / column(ratios, y)
 

@@ -58,11 +58,14 @@ class Churn:
 
     def raise_level(self, problem: Problem, point: Point, *, scaled: bool = True) -> Point:
         """The point from which the step that begins at `point` starts; itself where there is no churn."""
-        grid = problem.grid
-        gamma = min(self.s_churn / (grid.skipped + grid.steps), math.sqrt(2.0) - 1.0)
-        if gamma == 0.0 or not self.s_tmin <= point.ratio <= self.s_tmax or math.isinf(point.ratio):
-            return point
-        return problem.at_ratio((1.0 + gamma) * point.ratio, scaled=scaled)
+        gamma = self.gamma(problem, point.ratio)
+        return point if gamma == 0.0 else problem.at_ratio((1.0 + gamma) * point.ratio, scaled=scaled)
+
+    def gamma(self, problem: Problem, ratio: float) -> float:
+        """By how much of itself a level is raised."""
+        if not self.s_tmin <= ratio <= self.s_tmax or math.isinf(ratio):
+            return 0.0
+        return min(self.s_churn / (problem.grid.skipped + problem.grid.steps), math.sqrt(2.0) - 1.0)
 
     def init_scale(self, problem: Problem, base: float, *, scaled: bool = True) -> float:
         """Standard deviation of the noise to start with: `base` at the grid's first point, and the first churn."""

@@ -6,10 +6,11 @@ that of Karras et al. 2022, algorithm 2.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 from fastdiff.samplers.churn import CHURN_OPTIONS, churn_from
-from fastdiff.samplers.euler import DIFFUSERS, ancestral_step, scaled_table
+from fastdiff.samplers.euler import DIFFUSERS, Split, ancestral_step, scaled_table
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import Coefficients, MethodInfo, Row, StepTable, fraction, make_row
 
@@ -44,13 +45,15 @@ def dpm2_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1.0, 
     """
     eta = fraction("dpm2_ancestral", "eta", eta)
     s_noise = fraction("dpm2_ancestral", "s_noise", s_noise, high=10.0)
+    rows = ancestral_rows(problem, partial(ancestral_step, eta=eta), s_noise)
+    return scaled_table("dpm2_ancestral", problem, rows, initial=initial)
 
-    def rows() -> Iterator[Row]:
-        for start, end in pairwise(problem.points(scaled=True)):
-            down, up = ancestral_step(start.ratio, end.ratio, eta)
-            yield from _step(problem, start, down, _adding(up * s_noise), to=end)
 
-    return scaled_table("dpm2_ancestral", problem, rows(), initial=initial)
+def ancestral_rows(problem: Problem, split: Split, s_noise: float) -> Iterator[Row]:
+    """The rows of `dpm2_ancestral` whose steps are split like that: two a step, or one down to 0."""
+    for start, end in pairwise(problem.points(scaled=True)):
+        down, up = split(start.ratio, end.ratio)
+        yield from _step(problem, start, down, _adding(up * s_noise), to=end)
 
 
 def _adding(noise: float) -> Callable[[Coefficients], Coefficients]:

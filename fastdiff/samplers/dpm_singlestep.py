@@ -5,10 +5,12 @@ Lu et al. 2022, "DPM-Solver", algorithms 1 and 2 and section 3.4; Lu et al. 2022
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise, zip_longest
 from typing import Any
 
 from fastdiff.errors import InputError
+from fastdiff.samplers.euler import ancestral_step
 from fastdiff.samplers.exponential import SOLVERS, Data, Form, Noise
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.singlestep import Aim, Block, block_between, block_of, block_rows
@@ -69,10 +71,11 @@ def _singlestep(
     flag(method, "lower_order_final", lower_order_final)
     nodes = inner_nodes(method, order, points, r1=r1, r2=r2)
     grid = problem.points()
-    aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0), floor=grid[-1].ratio)
+    split = partial(ancestral_step, eta=fraction(method, "eta", eta))
+    aim = Aim(split, fraction(method, "s_noise", s_noise, high=10.0), floor=grid[-1].ratio)
     orders = [order] * problem.grid.steps
     if evaluations is not None:
-        orders = _fast_orders(method, evaluations, order, points, problem.grid.steps)
+        orders = fast_orders(method, evaluations, order, points, problem.grid.steps)
     blocks: Iterator[Block]
     if points == "grid":
         blocks = grid_blocks(grid, order, aim, solver, lower_order_final)
@@ -130,7 +133,7 @@ def _sizes(steps: int, order: int, lowered: bool, to_data: bool) -> list[int]:
     return [order] * ((steps - 1) // order) + tails[left if steps else 0]
 
 
-def _fast_orders(method: str, evaluations: Any, order: int, points: str, steps: int) -> list[int]:
+def fast_orders(method: str, evaluations: Any, order: int, points: str, steps: int) -> list[int]:
     """Order 3 as long as the network calls last, then 2 and 1. Lu et al. 2022, section 3.4."""
     count = whole(method, "evaluations", evaluations, 1, 3 * steps)
     if order != 3 or points != "between" or steps != count // 3 + 1:

@@ -49,7 +49,7 @@ def dpmpp_2m_sde(problem: Problem, *, order: int = 2, **options: Any) -> StepTab
     """x' = (sigma'/sigma) e^(-eta h) x + alpha' (1 - e^-k) D + c (h/h0) (D - D0) + sigma' sqrt(1 - e^(-2 eta h)) z.
 
     k = (1 + eta) h; c is that of `dpmpp_2m` with k in place of h. The step to sigma' = 0 adds no noise.
-    eta                 from 0, `dpmpp_2m`, to 1, the reverse SDE; default 1
+    eta                 from 0, `dpmpp_2m`, to 10; 1, the default, is the reverse SDE
     s_noise             the noise is multiplied by it
     order, solver, lower_order_final, euler_at_final   those of `dpmpp_2m`
     """
@@ -106,7 +106,7 @@ def _sde(
 ) -> StepTable:
     choice(method, "solver", solver, SOLVERS)
     choice(method, "curvature", curvature, (*CURVATURES, "half_offset"))
-    eta = fraction(method, "eta", eta)
+    eta = fraction(method, "eta", eta, high=10.0)
     s_noise = fraction(method, "s_noise", s_noise, high=10.0)
     steps = plan(method, problem, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     return make_table(method, problem, _rows(problem, steps, eta, s_noise, solver, curvature))

@@ -5,9 +5,11 @@ algorithm 1.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 
 from fastdiff.samplers.dpm_singlestep import POINTS, between_blocks, grid_blocks, inner_nodes
+from fastdiff.samplers.euler import ancestral_step
 from fastdiff.samplers.exponential import SOLVERS, Data
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.singlestep import Aim, Block, block_rows
@@ -26,7 +28,8 @@ def dpmpp_2s_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1
     s_noise   the noise is multiplied by it
     """
     method = "dpmpp_2s_ancestral"
-    aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0))
+    split = partial(ancestral_step, eta=fraction(method, "eta", eta))
+    aim = Aim(split, fraction(method, "s_noise", s_noise, high=10.0))
     blocks = between_blocks(problem, [2] * problem.grid.steps, aim, "midpoint", inner_nodes(method, 2, "between"))
     return make_table(method, problem, (row for block in blocks for row in block_rows(problem, block, Data)))
 
@@ -68,7 +71,8 @@ def dpmpp_sde(
     choice(method, "points", points, POINTS)
     choice(method, "curvature", curvature, CURVATURES)
     flag(method, "lower_order_final", lower_order_final)
-    aim = Aim(fraction(method, "eta", eta), fraction(method, "s_noise", s_noise, high=10.0), sde=True)
+    split = partial(ancestral_step, eta=fraction(method, "eta", eta))
+    aim = Aim(split, fraction(method, "s_noise", s_noise, high=10.0), sde=True)
     nodes = inner_nodes(method, order, points, r=r)
     blocks: Iterator[Block]
     if points == "grid":

@@ -5,7 +5,8 @@ is that of k-diffusion (Katherine Crowson).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 
 from fastdiff.errors import InputError
@@ -13,6 +14,8 @@ from fastdiff.samplers.churn import CHURN_OPTIONS, Churn, added_noise, churn_fro
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, fraction, make_row, make_table
 
+Split = Callable[[float, float], tuple[float, float]]
+"""(r, r') -> (d, u): how a step is split into one down to d without noise, and noise of standard deviation u."""
 INITIAL_STATES = ("unit", "sigma", "marginal")
 CHURN_CALLS = ("raised", "before")
 
@@ -71,12 +74,14 @@ def euler_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1.0,
     """
     eta = fraction("euler_ancestral", "eta", eta)
     s_noise = fraction("euler_ancestral", "s_noise", s_noise, high=10.0)
-    return scaled_table("euler_ancestral", problem, _ancestral_rows(problem, eta, s_noise), initial=initial)
+    rows = ancestral_rows(problem, partial(ancestral_step, eta=eta), s_noise)
+    return scaled_table("euler_ancestral", problem, rows, initial=initial)
 
 
-def _ancestral_rows(problem: Problem, eta: float, s_noise: float) -> Iterator[Row]:
+def ancestral_rows(problem: Problem, split: Split, s_noise: float) -> Iterator[Row]:
+    """The rows of `euler_ancestral` whose steps are split like that."""
     for start, end in pairwise(problem.points(scaled=True)):
-        down, up = ancestral_step(start.ratio, end.ratio, eta)
+        down, up = split(start.ratio, end.ratio)
         shrink = down / start.ratio
         yield make_row(problem, start, {"x": shrink, "D": 1.0 - shrink, "noise": up * s_noise}, to=end)
 

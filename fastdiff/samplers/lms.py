@@ -25,11 +25,19 @@ def lms(problem: Problem, *, order: int = 4, initial: str = "unit") -> StepTable
 def _rows(problem: Problem, order: int) -> Iterator[Row]:
     points, steps = problem.points(scaled=True), problem.grid.steps
     for i, (start, end) in enumerate(pairwise(points)):
-        nodes = [point.ratio for point in points[max(i - order + 1, 0) : i + 1][::-1]]
+        nodes = _different([point.ratio for point in points[max(i - order + 1, 0) : i + 1][::-1]])
         slope = epsilon(problem, start)
         new_x = multistep(start, end, slope, lagrange_weights(nodes, end.ratio))
         keep = slope if order > 1 and i + 1 < steps else None
         yield make_row(problem, start, new_x, to=end, history=keep)
+
+
+def _different(nodes: list[float]) -> list[float]:
+    """Those up to the first that is the same as the one before: no polynomial goes through two at one point."""
+    for j, (newer, older) in enumerate(pairwise(nodes), start=1):
+        if newer == older:
+            return nodes[:j]
+    return nodes
 
 
 INFO = MethodInfo(

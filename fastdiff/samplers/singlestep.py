@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fastdiff.samplers.euler import ancestral_step
+from fastdiff.samplers.euler import Split
 from fastdiff.samplers.exponential import Data, Form, corrections, log_ratio
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import Row, make_row
@@ -38,20 +38,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Aim:
-    """How far a step goes down before it adds noise: `euler.ancestral_step`, but not below `floor`.
+    """How far a step goes down before it adds noise: as `split` says, but not below `floor`.
 
     sde   whether the noise belongs to every row of a block, each of whose steps is one of the SDE; otherwise the block
           goes down without noise, and its last row adds it
     """
 
-    eta: float = 0.0
+    split: Split
     s_noise: float = 1.0
     floor: float = 0.0
     sde: bool = False
 
     def last(self, start: Point, end: Point) -> Target:
         """The target of a block's last row."""
-        down, up = ancestral_step(start.ratio, end.ratio, self.eta)
+        down, up = self.split(start.ratio, end.ratio)
         if down < self.floor:
             down, up = self.floor, math.sqrt(max(end.ratio**2 - self.floor**2, 0.0))
         length = log_ratio(start.ratio, end.ratio if self.sde else down)
