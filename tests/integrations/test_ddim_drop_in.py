@@ -79,7 +79,9 @@ def test_other_noise():
             scheduler.step(x, 400, x, eta=0.5, generator=torch.Generator(), variance_noise=noise)
     for eta in (0.5, 1, 1.2, -0.5):
         for other in (noise, noise.double(), noise[:1]):
-            results = [s.step(0.4 * x, 400, x, eta=eta, variance_noise=other, return_dict=False) for s in (theirs, ours)]
+            results = [
+                s.step(0.4 * x, 400, x, eta=eta, variance_noise=other, return_dict=False) for s in (theirs, ours)
+            ]
             for their, our in zip(*results, strict=True):
                 assert our.dtype == their.dtype
                 torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -132,7 +134,9 @@ def test_betas_fewer_than_the_timesteps():
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(1000)
     for time in (1, 0):
-        results = [s.step(0.3 * x, time, x, eta=0.5, generator=torch.Generator(), return_dict=False) for s in (theirs, ours)]
+        results = [
+            s.step(0.3 * x, time, x, eta=0.5, generator=torch.Generator(), return_dict=False) for s in (theirs, ours)
+        ]
         for their, our in zip(*results, strict=True):
             assert relative(our, their) < 1e-5
 
