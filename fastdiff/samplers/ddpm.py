@@ -34,7 +34,7 @@ def ddpm(problem: Problem, *, variance: str = "fixed_small", final_noise: bool =
 def _rows(problem: Problem, variance: str, final_noise: bool) -> Iterator[Row]:
     for interval in problem.intervals():
         start, end, f = interval.start, interval.end, interval.added
-        a, v, v1 = start.alpha / end.alpha, start.sigma**2, end.sigma**2
+        a, v, v1 = interval.shrink, start.sigma**2, end.sigma**2
         noisy = v1 > 0.0 or (final_noise and start.timestep > 0.0)
         std, slope = _noise(variance, f * v1 / v, f) if noisy else (0.0, 0.0)
         new_x = {"x": a * v1 / v, "D": end.alpha * f / v, "noise": std}

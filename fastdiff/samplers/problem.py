@@ -83,13 +83,17 @@ class Point:
 
 
 class End(NamedTuple):
-    """Where a step ends, and f, the variance that the forward process adds from there to the start of the step: None
-    where it is that of the levels."""
+    """Where a step ends.
+
+    added    f of x = a x' + sqrt(f) z, the forward process from there to the start of the step; None: of the levels
+    shrink   a, likewise
+    """
 
     timestep: float
     alpha: float
     sigma: float
     added: float | None = None
+    shrink: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +103,19 @@ class Interval:
     start: Point
     end: Point
     known_added: float | None = None
+    known_shrink: float | None = None
+
+    @property
+    def shrink(self) -> float:
+        """a = alpha/alpha': what the forward process multiplies by from the end to the start."""
+        return self.start.alpha / self.end.alpha if self.known_shrink is None else self.known_shrink
 
     @property
     def added(self) -> float:
-        """f = sigma^2 - (alpha/alpha' sigma')^2: what the forward process adds from the end to the start."""
+        """f = sigma^2 - (a sigma')^2: the variance that the forward process adds from the end to the start."""
         if self.known_added is not None:
             return self.known_added
-        start, end = self.start, self.end
-        return max(start.sigma**2 - (start.alpha / end.alpha * end.sigma) ** 2, 0.0)
+        return max(self.start.sigma**2 - (self.start.alpha / self.end.alpha * self.end.sigma) ** 2, 0.0)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ class Problem:
         if self.ends is None:
             return [Interval(start, end) for start, end in pairwise(points)]
         return [
-            Interval(start, self._point(end.alpha, end.sigma, end.timestep, scaled=False), end.added)
+            Interval(start, self._point(end.alpha, end.sigma, end.timestep, scaled=False), end.added, end.shrink)
             for start, end in zip(points, self.ends, strict=False)
         ]
 

@@ -46,7 +46,7 @@ class ByTimestep(AlphasCumprod, Scheduler):
         return self._times if self.num_inference_steps else ()
 
     def _step(self, key: Any, options: Any) -> Step:
-        """Where a step goes; IndexError or TypeError where there is no such step."""
+        """Where a step goes; IndexError, TypeError or ValueError where there is no such step."""
         raise NotImplementedError
 
     def _rows(self, steps: list[Step], options: Any) -> Made | None:
@@ -97,8 +97,9 @@ class ByTimestep(AlphasCumprod, Scheduler):
             return float(alphas2.dtype.type(1.0) - alphas2[timestep] / end)
 
     def _moment(self, timestep: Any) -> Any:
-        """The timestep as a number; None where it is a tensor of several."""
-        return None if isinstance(timestep, Tensor) and timestep.dim() else self._time(timestep)
+        """The timestep as a whole number; None where it is none."""
+        time = None if isinstance(timestep, Tensor) and timestep.dim() else self._time(timestep)
+        return None if isinstance(time, float) else time
 
     def _row(self, key: Hashable, options: Hashable = None) -> tuple[Run, int] | None:
         """The run and the row of a step; None where diffusers has to take it."""
@@ -129,7 +130,7 @@ class ByTimestep(AlphasCumprod, Scheduler):
         for key in dict.fromkeys(keys):
             try:
                 steps[key] = self._step(key, options)
-            except (IndexError, TypeError):
+            except (IndexError, TypeError, ValueError):
                 continue
         made = self._rows(list(steps.values()), options) if steps else None
         if len(self._lookups) >= _KEPT_LOOKUPS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -119,10 +120,12 @@ class UnCLIPScheduler(Noising, _Ancestral, diffusers.UnCLIPScheduler):
 
     def _step(self, key: tuple[int, int], options: str) -> Step:
         time, before = key
-        if options == "learned_range" and before < 0 < time:
-            raise IndexError("theirs takes the logarithm of zero here")
         added = float(numbers(self.betas)[time]) if before == time - 1 else self._added(time, before)
-        return Step(time, self._level(time), self._level_or_clean(before), added)
+        if options == "learned_range" and (before < 0 < time or added <= 0.0):
+            raise ValueError("theirs takes the logarithm of a variance that is not positive here")
+        # Theirs takes 1 - beta for alpha^2/alpha'^2, of which little is left where beta is near 1.
+        shrink = math.sqrt(1.0 - added)
+        return Step(time, self._level(time), self._level_or_clean(before), added, shrink)
 
     def _rows(self, steps: list[Step], options: str) -> Made | None:
         return super()._rows(steps, options) if options in ("fixed_small_log", "learned_range") else None

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdiff import samplers, schedules
-from fastdiff.errors import InputError
 from fastdiff.integrations.diffusers.tables import giving_data
 from fastdiff.ops.row import NEW_ANCHOR, NEW_X
 from fastdiff.samplers.grid import Grid
@@ -26,6 +25,7 @@ class Step(NamedTuple):
     """A step by the values of alpha^2 where it starts and ends.
 
     added    the variance that the forward process adds from the end to the start, as diffusers has it
+    shrink   what the forward process multiplies by, where diffusers has another than the levels
     beyond   alpha^2 of the point that TCD passes the end to
     """
 
@@ -33,6 +33,7 @@ class Step(NamedTuple):
     start: float
     end: float
     added: float | None = None
+    shrink: float | None = None
     beyond: float | None = None
 
 
@@ -73,7 +74,7 @@ def _made(
             more["beyond"] = tuple(_ratio(step.beyond) for step in some)
         try:
             made = samplers.find(method).rows(_problem(some, prediction, clip, threshold), **more)
-        except (InputError, ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError):
             return None
         return giving_data(made) if gives_data else made
 
@@ -88,7 +89,7 @@ def _made(
 def _problem(steps: Sequence[Step], prediction: str, clip: float | None, threshold: Threshold | None) -> Problem:
     starts = np.array([step.start for step in steps] + [steps[-1].end])
     times = np.array([step.timestep for step in steps] + [0.0])
-    levels = [(math.sqrt(step.end), math.sqrt(1.0 - step.end), step.added) for step in steps]
+    levels = [(math.sqrt(step.end), math.sqrt(1.0 - step.end), step.added, step.shrink) for step in steps]
     grid = Grid(times, np.sqrt(starts), np.sqrt(1.0 - starts))
     return Problem(_TRAINED, grid, prediction, clip, threshold, [End(0.0, *level) for level in levels])
 
