@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ARRAYS = frozenset(("tolist", "numpy", "__array__"))
+_COPIES = frozenset(("tolist", "numpy", "__array__", "cpu"))
 _READERS = frozenset(
     (
-        *("item", "cpu", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "__format__"),
+        *("item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "__format__"),
         *("__repr__", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "equal", "allclose"),
         *("is_nonzero", "bincount"),
     )
@@ -44,7 +44,7 @@ class OnDevice(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if _watching.get():
-            _refuse(func, args, kwargs or {}, _ARRAYS)
+            _refuse(func, args, kwargs or {})
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
@@ -64,8 +64,8 @@ def the_device_is_not_read() -> Iterator[None]:
 
 @contextmanager
 def nothing_is_read() -> Iterator[None]:
-    """Waited where a value of any tensor is read, wherever it is; but for an array of one on the host, which a table
-    is made of."""
+    """Waited where a value of any tensor is read, wherever it is; but for a copy of one on the host, from which tables
+    are made."""
     with the_device_is_not_read(), _Functions(), _Kernels():
         yield
 
@@ -74,7 +74,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        _refuse(func, args, kwargs or {}, frozenset())
+        _refuse(func, args, kwargs or {}, copies=False)
         return func(*args, **(kwargs or {}))
 
 
@@ -87,12 +87,12 @@ class _Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _refuse(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], arrays: frozenset[str]) -> None:
+def _refuse(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, copies: bool = True) -> None:
     name = getattr(func, "__name__", "")
     to_host = name == "to" and "cpu" in [value for value in (*args[1:], *kwargs.values()) if isinstance(value, str)]
     counts = name == "where" and len(args) == 1
     by_index = name == "__getitem__" and _reads_index(*args)
-    if name in _READERS or name in arrays or to_host or counts or by_index:
+    if name in _READERS or counts or by_index or (copies and (to_host or name in _COPIES)):
         raise Waited(f"{name} reads a tensor")
 
 
