@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastdiff import schedules
@@ -65,8 +64,7 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
         """x + e s + sqrt(2 e) z, s the score and e = 2 (snr |z| / |s|)^2 with the norms' means over the batch."""
         self._check_timesteps()
         # Drawn on the CPU and moved, as diffusers does it.
-        noise = randn_tensor(sample.shape, generator=generator, layout=sample.layout)
-        noise = noise.to(sample.device, non_blocking=True)
+        noise = draw(torch.empty(sample.shape), generator).to(sample.device, non_blocking=True)
         scales = _langevin_scales(model_output, noise, self.config.snr)
         run = Run(_corrector(), 0, None, None)
         x, _ = self._apply(run, 0, sample, model_output, noise=noise, scales=scales, dtype=_dtype(sample, model_output))
