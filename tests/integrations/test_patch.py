@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,3 +269,18 @@ def test_a_configuration_of_the_old_object_is_not_shared() -> None:
     assert old.config.solver_order == 2
     assert isinstance(pipe.scheduler.config, FrozenDict)
     assert pipe.unet is pixel_unet()
+
+
+def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = text.split("## In other people's pipelines")[1].split("## ")[0]
+    change, patch = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
+    names: dict[str, Any] = {}
+    exec(patch.replace("steps=20", "steps=2"), names)
+    said = re.search(r"print\(.*?\)\)  # (.*)", patch)
+    assert said is not None
+    assert capsys.readouterr().out == said[1] + "\n"
+    names["pipe"].scheduler = diffusers.DDIMScheduler()
+    exec(change, names)
+    assert type(names["pipe"].scheduler) is getattr(drop_in, NAME)
+    assert names["pipe"].scheduler.config.use_karras_sigmas
