@@ -25,6 +25,8 @@ from fastdiff.errors import InputError
 EXPORTED = [name for name in drop_in.__all__ if name != "SchedulerMixin"]
 NAME = "DPMSolverMultistepScheduler"
 STEPS = 6
+UNPICKLED = {"SASolverScheduler"}
+"""diffusers keeps a function without a name in it."""
 
 
 def prepared(library: Any, name: str) -> Any:
@@ -52,6 +54,10 @@ def run(scheduler: Any, x: Tensor, *indices: int) -> Tensor:
         given = {"generator": torch.Generator().manual_seed(index)} if "generator" in takes else {}
         x = step(network(scaled, t), t, x, **given).prev_sample
     return x
+
+
+def pickled(scheduler: Any) -> Any:
+    return pickle.loads(pickle.dumps(scheduler))
 
 
 def assert_same_state(one: Any, other: Any) -> None:
@@ -91,10 +97,12 @@ def test_unpatching_leaves_nothing_of_ours(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_goes_on_in_the_middle_of_a_run(name: str, copied: Any) -> None:
+    if copied is pickled and name in UNPICKLED:
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            pickled(prepared(diffusers, name))
+        return
     scheduler = prepared(drop_in, name)
     x = run(scheduler, start(scheduler, SHAPE, torch.float32), 2, 3)
     other = copied(scheduler)
