@@ -51,7 +51,9 @@ def run(scheduler: Any, x: Tensor, *indices: int) -> Tensor:
         step = getattr(scheduler, "step", None) or scheduler.step_pred
         takes = inspect.signature(step).parameters
         torch.manual_seed(index)
-        given = {"generator": torch.Generator().manual_seed(index)} if "generator" in takes else {}
+        given: dict[str, Any] = {"generator": torch.Generator().manual_seed(index)} if "generator" in takes else {}
+        if "original_image" in takes:
+            given |= {"original_image": torch.ones(SHAPE), "mask": (torch.arange(SHAPE[-1]) < 3).float().expand(SHAPE)}
         x = step(network(scaled, t), t, x, **given).prev_sample
     return x
 
