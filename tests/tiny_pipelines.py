@@ -114,6 +114,11 @@ PIPELINES: dict[str, tuple[Maker, Callable[[], nn.Module], dict[str, Any]]] = {
     "DDPM": (lambda s: diffusers.DDPMPipeline(pixel_unet(), s), pixel_unet, {"batch_size": 1}),
     "consistency": (lambda s: diffusers.ConsistencyModelPipeline(pixel_unet(), s), pixel_unet, {"batch_size": 1}),
     "score SDE": (lambda s: diffusers.ScoreSdeVePipeline(pixel_unet(), s), pixel_unet, {"batch_size": 1}),
+    "RePaint": (
+        lambda s: diffusers.RePaintPipeline(pixel_unet(), s),
+        pixel_unet,
+        {"image": IMAGE, "mask_image": MASK, "jump_length": 2, "jump_n_sample": 2},
+    ),
     "SD": (
         lambda s: diffusers.StableDiffusionPipeline(vae=vae(), unet=unet(), scheduler=s, **NO_TEXT, **NO_SAFETY),
         unet,

@@ -26,7 +26,7 @@ STABLE = {
     "clip_sample": False,
 }
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-ELSEWHERE = {"ScoreSdeVeScheduler", "UnCLIPScheduler"}
+ELSEWHERE = {"RePaintScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler"}
 """Those that Stable Diffusion's loop cannot use, besides flow matching."""
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     f"{kind}-{name}": (kind, f"{name}Scheduler", {}, {})
@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "SD3": ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM"),
         "Flux": ("FlowMatchEulerDiscrete", "FlowMatchLCM"),
         "score SDE": ("ScoreSdeVe",),
+        "RePaint": ("RePaint",),
     }.items()
     for name in names
 } | {
@@ -72,7 +73,7 @@ def test_a_patched_pipeline_draws_the_same(
 ) -> None:
     theirs = getattr(diffusers, name)
     keys = inspect.signature(theirs.__init__).parameters
-    stable = {} if kind in ("DDPM", "consistency") else {key: STABLE[key] for key in STABLE if key in keys}
+    stable = {} if kind in ("DDPM", "consistency", "RePaint") else {key: STABLE[key] for key in STABLE if key in keys}
     pipe = make(kind, theirs(**{**stable, **config}))
     images, inputs = draw(kind, pipe, STEPS, **arguments)
     assert images.std() > 0.05, "a picture"
