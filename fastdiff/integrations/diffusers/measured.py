@@ -39,7 +39,25 @@ from fastdiff.schedules import Array
 KEPT_TABLES = 64
 HISTORY = ("hist1", "hist2", "hist3")
 _COLUMNS = ("x", "q", "anchor", *HISTORY, "noise", "last_noise")
-_kept: dict[Hashable, StepTable] = {}
+_FAULTS = (AssertionError, RuntimeError, UnboundLocalError)
+"""What the steps of diffusers end in where it has no such step."""
+_MOST_GROWTH = 3.0
+_MOST_GROWTH_OF_DATA = 30.0
+_kept: dict[Hashable, Measured] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The rows of a run.
+
+    fault        what the step after the last row ends in, where diffusers has fewer steps than timesteps
+    cancelling   rows in which the state grows much and most of it is taken away again, so that the rounding of each
+                 term is left: with the noise prediction, backwards, and where data are bounded near to pure noise
+    """
+
+    table: StepTable
+    fault: Exception | None
+    cancelling: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -55,8 +73,8 @@ class Solver:
     corrector: str | None = None
 
 
-def measured_table(scheduler: Any, solver: Solver, start: int, settings: tuple[tuple[str, Hashable], ...]) -> StepTable:
-    """The table of the steps from index `start` on, before which nothing is known; equal ones are one object.
+def measured(scheduler: Any, solver: Solver, start: int, settings: tuple[tuple[str, Hashable], ...]) -> Measured:
+    """The steps from index `start` on, before which nothing is known; equal ones are one object.
 
     settings   attributes of the scheduler that its steps depend on besides configuration, levels and timesteps
     """
@@ -137,10 +155,21 @@ class _Probe:
         """(alpha, sigma) of the points that the steps are between."""
         alphas, sigmas = self._solver.theirs._sigma_to_alpha_sigma_t(self._probe, self._probe.sigmas)
         count = len(self._times) + 1
-        return (alphas.double() + torch.zeros(count)).numpy(), sigmas[:count].double().numpy()
+        return alphas.double().expand(sigmas.shape)[:count].numpy(), sigmas[:count].double().numpy()
 
-    def step(self) -> _Step:
-        """The next step."""
+    def steps(self) -> tuple[list[_Step], Exception | None]:
+        """Every step, or those before the one that cannot be taken, and what that ends in."""
+        made: list[_Step] = []
+        try:
+            while self._probe._step_index < len(self._times):
+                made.append(self._step())
+        except _FAULTS as fault:
+            if not made:
+                raise
+            return made, fault
+        return made, None
+
+    def _step(self) -> _Step:
         probe, units, solver = self._probe, self._units, self._solver
         index = probe._step_index
         known = min(index - self._start, self._outputs, len(HISTORY))
@@ -201,10 +230,11 @@ def _coefficients(vector: Tensor, readable: set[str], start: str) -> Coefficient
     return {name: value for name, value in values.items() if value != 0.0 and name in readable}
 
 
-def _measure(probe: _Probe, scheduler: Any, start: int) -> StepTable:
-    times = np.array([*scheduler._times, 0.0])[start:]
-    steps = [probe.step() for _ in times[:-1]]
-    alphas, sigmas = (values[start:] for values in probe.levels())
+def _measure(probe: _Probe, scheduler: Any, start: int) -> Measured:
+    steps, fault = probe.steps()
+    end = start + len(steps) + 1
+    times = np.array([*scheduler._times, 0.0])[start:end]
+    alphas, sigmas = (values[start:end] for values in probe.levels())
     rows = np.stack([_row(*pair) for pair in zip(steps, [*steps[1:], None], strict=True)])
     read = {name for i, name in enumerate(INPUTS) if rows[:, [NEW_X.start + i, NEW_ANCHOR.start + i]].any()}
     if not read.intersection(HISTORY):
@@ -214,7 +244,7 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> StepTable:
     rows[:, KNOWN] = np.stack([alphas[1:], sigmas[1:]], axis=1)
     for array in (rows, times):
         array.flags.writeable = False
-    return StepTable(
+    table = StepTable(
         method=type(scheduler).__name__,
         prediction=scheduler.config.prediction_type,
         rows=rows,
@@ -226,6 +256,9 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> StepTable:
         threshold=threshold_of(scheduler.config) if any(step.bounded for step in steps) else None,
         snr=np.zeros(len(rows)),
     )
+    grown = np.abs(rows[:, [NEW_X.start + INPUTS.index(name) for name in ("x", "anchor")]]).max(axis=1)
+    bounded = np.isfinite(rows[:, CLIP]) & (np.abs(rows[:, PREDICTION]).max(axis=1) > _MOST_GROWTH_OF_DATA)
+    return Measured(table, fault, frozenset(np.flatnonzero((grown > _MOST_GROWTH) | bounded).tolist()))
 
 
 def _row(step: _Step, following: _Step | None) -> Array:

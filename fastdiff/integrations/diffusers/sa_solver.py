@@ -30,7 +30,10 @@ class _Taus:
 
 
 class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
-    """The steps of `sa_solver`. Where noise is predicted, and so terms cancel, they are diffusers' own."""
+    """The steps of `sa_solver`.
+
+    Where terms cancel ("noise_prediction", thresholding of what follows from epsilon) the steps are diffusers' own.
+    """
 
     _solver = Solver(diffusers.SASolverScheduler, anchor="last_sample", corrector="stochastic_adams_moulton_update")
     _taus: _Taus | None = None
@@ -56,7 +59,8 @@ class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
     def _look(self) -> None:
         super()._look()
         # With variances diffusers draws noise that does not fit its state: its step raises an error.
-        self._measured = self._measured and self.predict_x0 and not self._first_three
+        fits = not self._first_three and not self._bounds_noise()
+        self._measured = self._measured and self.predict_x0 and fits
 
     def step(
         self,

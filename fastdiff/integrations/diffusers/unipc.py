@@ -16,7 +16,8 @@ from fastdiff.integrations.diffusers.multistep import MultistepScheduler
 class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepScheduler):
     """The steps of `unipc`.
 
-    With another scheduler as `solver_p`, or with `predict_x0=False`, whose terms cancel, the steps are diffusers' own.
+    With another scheduler as `solver_p`, and where terms cancel (`predict_x0=False`, thresholding of what follows from
+    epsilon), the steps are diffusers' own.
     """
 
     _solver = Solver(diffusers.UniPCMultistepScheduler, anchor="last_sample", corrector="multistep_uni_c_bh_update")
@@ -29,7 +30,7 @@ class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepSchedu
 
     def _look(self) -> None:
         super()._look()
-        self._measured = self._measured and self.predict_x0 and not self.solver_p
+        self._measured = self._measured and self.predict_x0 and not self.solver_p and not self._bounds_noise()
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
