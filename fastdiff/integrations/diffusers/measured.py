@@ -51,13 +51,14 @@ class Measured:
     """The rows of a run.
 
     fault        what the step after the last row ends in, where diffusers has fewer steps than timesteps
-    cancelling   rows in which the state grows much and most of it is taken away again, so that the rounding of each
-                 term is left: with the noise prediction, backwards, and where data are bounded near to pure noise
+    theirs       rows that are left to diffusers: those of large terms that cancel, so that the rounding of each is left
+                 (with the noise prediction, backwards, and where data are bounded near to pure noise), and those in
+                 which it divides by zero
     """
 
     table: StepTable
     fault: Exception | None
-    cancelling: frozenset[int]
+    theirs: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ class Solver:
 
     anchor      the attribute that holds the earlier state which a later step starts from
     corrector   the method that corrects the state before a step is taken from it
+    mixes       whether its own step can be taken between ours
     """
 
     theirs: Any
     anchor: str | None = None
     corrector: str | None = None
+    mixes: bool = True
 
 
 def measured(scheduler: Any, solver: Solver, start: int, settings: tuple[tuple[str, Hashable], ...]) -> Measured:
@@ -97,6 +100,7 @@ class _Step:
     moved        x' in x_c, the state that the step is taken from, q, the anchor, the history and the noise
     correction   x_c in the anchor, q, the history and the last noise; None: it is x
     keeps        whether x_c is the next anchor
+    exact        whether a sum of the terms gives the result, in whatever order it is rounded
     """
 
     data: Linear
@@ -105,6 +109,7 @@ class _Step:
     moved: Coefficients
     correction: Coefficients | None
     keeps: bool
+    exact: bool
 
     @property
     def start(self) -> Coefficients:
@@ -142,7 +147,7 @@ class _Probe:
         probe.lower_order_nums, probe._step_index = 0, start
         units = torch.eye(len(_COLUMNS), dtype=torch.float64).unsqueeze(1)
         self._units = dict(zip(_COLUMNS, units, strict=True))
-        self._solver, self._probe, self._start = solver, probe, start
+        self.solver, self._probe, self._start = solver, probe, start
         self._times, self._outputs = scheduler._times, len(scheduler.model_outputs)
         self._correction: Tensor | None = None
         self._generator = torch.Generator()
@@ -153,7 +158,7 @@ class _Probe:
 
     def levels(self) -> tuple[Array, Array]:
         """(alpha, sigma) of the points that the steps are between."""
-        alphas, sigmas = self._solver.theirs._sigma_to_alpha_sigma_t(self._probe, self._probe.sigmas)
+        alphas, sigmas = self.solver.theirs._sigma_to_alpha_sigma_t(self._probe, self._probe.sigmas)
         count = len(self._times) + 1
         return alphas.double().expand(sigmas.shape)[:count].numpy(), sigmas[:count].double().numpy()
 
@@ -170,7 +175,7 @@ class _Probe:
         return made, None
 
     def _step(self) -> _Step:
-        probe, units, solver = self._probe, self._units, self._solver
+        probe, units, solver = self._probe, self._units, self.solver
         index = probe._step_index
         known = min(index - self._start, self._outputs, len(HISTORY))
         linear, q, bounded = self._conversion()
@@ -186,7 +191,10 @@ class _Probe:
         readable = {"x", "q", "noise", *HISTORY[:known]} | ({"anchor", "last_noise"} if known else set())
         keeps = solver.anchor is not None and getattr(probe, solver.anchor) is units["x"]
         correction = None if self._correction is None else _coefficients(self._correction, readable, "anchor")
-        return _Step(linear, bounded, q, _coefficients(moved, readable, "x"), correction, keeps)
+        coefficients = _coefficients(moved, readable, "x")
+        growth = max(abs(coefficients.get(name, 0.0)) for name in ("x", "anchor"))
+        exact = growth < _MOST_GROWTH and not (bounded and abs(linear.x) > _MOST_GROWTH_OF_DATA)
+        return _Step(linear, bounded, q, coefficients, correction, keeps, exact)
 
     def _conversion(self) -> tuple[Linear, Coefficients, bool]:
         """D before it is bounded, q in x and D, and whether D is bounded."""
@@ -199,7 +207,7 @@ class _Probe:
             return data
 
         self._probe._threshold_sample = threshold
-        made = self._solver.theirs.convert_model_output(self._probe, m, sample=x)
+        made = self.solver.theirs.convert_model_output(self._probe, m, sample=x)
         x_factor, m_factor, data_factor = made[0].tolist()
         if before:
             return Linear(*before[0][0, :2].tolist()), {"x": x_factor, "D": data_factor}, True
@@ -256,9 +264,8 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> Measured:
         threshold=threshold_of(scheduler.config) if any(step.bounded for step in steps) else None,
         snr=np.zeros(len(rows)),
     )
-    grown = np.abs(rows[:, [NEW_X.start + INPUTS.index(name) for name in ("x", "anchor")]]).max(axis=1)
-    bounded = np.isfinite(rows[:, CLIP]) & (np.abs(rows[:, PREDICTION]).max(axis=1) > _MOST_GROWTH_OF_DATA)
-    return Measured(table, fault, frozenset(np.flatnonzero((grown > _MOST_GROWTH) | bounded).tolist()))
+    theirs = frozenset(i for i, step in enumerate(steps) if not step.exact and probe.solver.mixes)
+    return Measured(table, fault, theirs)
 
 
 def _row(step: _Step, following: _Step | None) -> Array:

@@ -54,10 +54,6 @@ class MultistepScheduler(IndexedScheduler):
         self._first_three = config.get("variance_type") is not None and config.prediction_type == "epsilon"
         self._measured = len(self.model_outputs) <= len(HISTORY)
 
-    def _bounds_noise(self) -> bool:
-        """Whether data that follow from a noise prediction are bounded: near to pure noise a difference, made large."""
-        return bool(self.config.thresholding and self.config.prediction_type == "epsilon")
-
     def _due(self, model_output: Tensor, timestep: Any, sample: Tensor) -> _Due | None:
         """What the step that is due consists of; None where it is left to diffusers."""
         if self.num_inference_steps is None:
@@ -73,7 +69,7 @@ class MultistepScheduler(IndexedScheduler):
         run, row = self._at(timestep)
         if row >= len(run.table) and self._steps.fault is not None:
             raise self._steps.fault
-        if row in self._steps.cancelling or (run.table.uses[row].anchor and self._anchor() is None):
+        if row in self._steps.theirs or (run.table.uses[row].anchor and self._anchor() is None):
             return None
         return _Due(run, row, model_output, sample)
 
@@ -82,11 +78,13 @@ class MultistepScheduler(IndexedScheduler):
         run, row, model_output, sample = due
         use = run.table.uses[row]
         dtype = dtype or _converted(due)
+        wide = torch.float32
         if sample.dtype is torch.float64 or model_output.dtype is torch.float64:
-            sample, model_output = sample.double(), model_output.double()
+            sample, model_output, wide = sample.double(), model_output.double(), torch.float64
         outputs = self.model_outputs
-        wide = torch.float64 if sample.dtype is torch.float64 else torch.float32
-        run.history = tuple(_plain(outputs[-1 - j], wide) for j in range(use.history))
+        run.history = ()
+        if use.history:
+            run.history = tuple([_plain(output, wide) for output in outputs[: -1 - use.history : -1]])
         run.anchor = _plain(self._anchor(), wide) if use.anchor else None
         if noise is not None and noise.shape != sample.shape:
             noise = noise.expand(sample.shape)
@@ -125,8 +123,10 @@ class _Due(NamedTuple):
 
 def _converted(due: _Due) -> torch.dtype:
     """The dtype of what diffusers converts the network's output to: that of the output, where the state has no part."""
-    alone = due.run.table.rows[due.row, PREDICTION][0] == 0.0
-    return due.model_output.dtype if alone else due.promoted
+    _, row, model_output, sample = due
+    if model_output.dtype is sample.dtype or due.run.table.rows[row, PREDICTION][0] == 0.0:
+        return model_output.dtype
+    return due.promoted
 
 
 def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:

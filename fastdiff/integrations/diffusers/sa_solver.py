@@ -35,7 +35,9 @@ class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
     Where terms cancel ("noise_prediction", thresholding of what follows from epsilon) the steps are diffusers' own.
     """
 
-    _solver = Solver(diffusers.SASolverScheduler, anchor="last_sample", corrector="stochastic_adams_moulton_update")
+    _solver = Solver(
+        diffusers.SASolverScheduler, anchor="last_sample", corrector="stochastic_adams_moulton_update", mixes=False
+    )
     _taus: _Taus | None = None
     last_noise: Tensor
     predict_x0: bool
@@ -59,8 +61,8 @@ class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
     def _look(self) -> None:
         super()._look()
         # With variances diffusers draws noise that does not fit its state: its step raises an error.
-        fits = not self._first_three and not self._bounds_noise()
-        self._measured = self._measured and self.predict_x0 and fits
+        cancels = (self.config.thresholding and self.config.prediction_type == "epsilon") or not self.predict_x0
+        self._measured = self._measured and not (cancels or self._first_three)
 
     def step(
         self,
