@@ -19,11 +19,6 @@ class DPMSolverMultistepScheduler(MultistepScheduler, diffusers.DPMSolverMultist
 
     _solver = Solver(diffusers.DPMSolverMultistepScheduler)
 
-    def _look(self) -> None:
-        super()._look()
-        if self.config.algorithm_type == "sde-dpmsolver" and len(self.model_outputs) > 2:
-            self._measured = False  # diffusers has no such third order: its step raises an error
-
     def step(
         self,
         model_output: Tensor,
@@ -52,11 +47,6 @@ class DPMSolverMultistepInverseScheduler(MultistepScheduler, diffusers.DPMSolver
 
     _solver = Solver(diffusers.DPMSolverMultistepInverseScheduler)
     _begin_index = None
-
-    def _look(self) -> None:
-        super()._look()
-        if self._draws and len(self.model_outputs) > 2:
-            self._measured = False  # the third order of diffusers is given no noise: its step raises an error
 
     def step(
         self,

@@ -18,11 +18,6 @@ class EDMDPMSolverMultistepScheduler(MultistepScheduler, diffusers.EDMDPMSolverM
 
     _solver = Solver(diffusers.EDMDPMSolverMultistepScheduler)
 
-    def _look(self) -> None:
-        super()._look()
-        if self._draws and len(self.model_outputs) > 2:
-            self._measured = False  # diffusers has no such third order: its step raises an error
-
     def step(
         self,
         model_output: Tensor,

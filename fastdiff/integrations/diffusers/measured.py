@@ -39,7 +39,26 @@ from fastdiff.schedules import Array
 KEPT_TABLES = 64
 HISTORY = ("hist1", "hist2", "hist3")
 _COLUMNS = ("x", "q", "anchor", *HISTORY, "noise", "last_noise")
-_kept: dict[Hashable, StepTable] = {}
+_FAULTS = (AssertionError, RuntimeError, UnboundLocalError)
+"""What the steps of diffusers end in where it has no such step."""
+_MOST_GROWTH = 3.0
+_MOST_GROWTH_OF_DATA = 30.0
+_kept: dict[Hashable, Measured] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The rows of a run.
+
+    fault        what the step after the last row ends in, where diffusers has fewer steps than timesteps
+    theirs       rows that are left to diffusers: those of large terms that cancel, so that the rounding of each is left
+                 (with the noise prediction, backwards, and where data are bounded near to pure noise), and those in
+                 which it divides by zero
+    """
+
+    table: StepTable
+    fault: Exception | None
+    theirs: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -48,15 +67,17 @@ class Solver:
 
     anchor      the attribute that holds the earlier state which a later step starts from
     corrector   the method that corrects the state before a step is taken from it
+    mixes       whether its own step can be taken between ours
     """
 
     theirs: Any
     anchor: str | None = None
     corrector: str | None = None
+    mixes: bool = True
 
 
-def measured_table(scheduler: Any, solver: Solver, start: int, settings: tuple[tuple[str, Hashable], ...]) -> StepTable:
-    """The table of the steps from index `start` on, before which nothing is known; equal ones are one object.
+def measured(scheduler: Any, solver: Solver, start: int, settings: tuple[tuple[str, Hashable], ...]) -> Measured:
+    """The steps from index `start` on, before which nothing is known; equal ones are one object.
 
     settings   attributes of the scheduler that its steps depend on besides configuration, levels and timesteps
     """
@@ -79,6 +100,7 @@ class _Step:
     moved        x' in x_c, the state that the step is taken from, q, the anchor, the history and the noise
     correction   x_c in the anchor, q, the history and the last noise; None: it is x
     keeps        whether x_c is the next anchor
+    exact        whether a sum of the terms gives the result, in whatever order it is rounded
     """
 
     data: Linear
@@ -87,6 +109,7 @@ class _Step:
     moved: Coefficients
     correction: Coefficients | None
     keeps: bool
+    exact: bool
 
     @property
     def start(self) -> Coefficients:
@@ -124,7 +147,7 @@ class _Probe:
         probe.lower_order_nums, probe._step_index = 0, start
         units = torch.eye(len(_COLUMNS), dtype=torch.float64).unsqueeze(1)
         self._units = dict(zip(_COLUMNS, units, strict=True))
-        self._solver, self._probe, self._start = solver, probe, start
+        self.solver, self._probe, self._start = solver, probe, start
         self._times, self._outputs = scheduler._times, len(scheduler.model_outputs)
         self._correction: Tensor | None = None
         self._generator = torch.Generator()
@@ -135,13 +158,24 @@ class _Probe:
 
     def levels(self) -> tuple[Array, Array]:
         """(alpha, sigma) of the points that the steps are between."""
-        alphas, sigmas = self._solver.theirs._sigma_to_alpha_sigma_t(self._probe, self._probe.sigmas)
+        alphas, sigmas = self.solver.theirs._sigma_to_alpha_sigma_t(self._probe, self._probe.sigmas)
         count = len(self._times) + 1
-        return (alphas.double() + torch.zeros(count)).numpy(), sigmas[:count].double().numpy()
+        return alphas.double().expand(sigmas.shape)[:count].numpy(), sigmas[:count].double().numpy()
 
-    def step(self) -> _Step:
-        """The next step."""
-        probe, units, solver = self._probe, self._units, self._solver
+    def steps(self) -> tuple[list[_Step], Exception | None]:
+        """Every step, or those before the one that cannot be taken, and what that ends in."""
+        made: list[_Step] = []
+        try:
+            while self._probe._step_index < len(self._times):
+                made.append(self._step())
+        except _FAULTS as fault:
+            if not made:
+                raise
+            return made, fault
+        return made, None
+
+    def _step(self) -> _Step:
+        probe, units, solver = self._probe, self._units, self.solver
         index = probe._step_index
         known = min(index - self._start, self._outputs, len(HISTORY))
         linear, q, bounded = self._conversion()
@@ -157,7 +191,10 @@ class _Probe:
         readable = {"x", "q", "noise", *HISTORY[:known]} | ({"anchor", "last_noise"} if known else set())
         keeps = solver.anchor is not None and getattr(probe, solver.anchor) is units["x"]
         correction = None if self._correction is None else _coefficients(self._correction, readable, "anchor")
-        return _Step(linear, bounded, q, _coefficients(moved, readable, "x"), correction, keeps)
+        coefficients = _coefficients(moved, readable, "x")
+        growth = max(abs(coefficients.get(name, 0.0)) for name in ("x", "anchor"))
+        exact = growth < _MOST_GROWTH and not (bounded and abs(linear.x) > _MOST_GROWTH_OF_DATA)
+        return _Step(linear, bounded, q, coefficients, correction, keeps, exact)
 
     def _conversion(self) -> tuple[Linear, Coefficients, bool]:
         """D before it is bounded, q in x and D, and whether D is bounded."""
@@ -170,7 +207,7 @@ class _Probe:
             return data
 
         self._probe._threshold_sample = threshold
-        made = self._solver.theirs.convert_model_output(self._probe, m, sample=x)
+        made = self.solver.theirs.convert_model_output(self._probe, m, sample=x)
         x_factor, m_factor, data_factor = made[0].tolist()
         if before:
             return Linear(*before[0][0, :2].tolist()), {"x": x_factor, "D": data_factor}, True
@@ -201,10 +238,11 @@ def _coefficients(vector: Tensor, readable: set[str], start: str) -> Coefficient
     return {name: value for name, value in values.items() if value != 0.0 and name in readable}
 
 
-def _measure(probe: _Probe, scheduler: Any, start: int) -> StepTable:
-    times = np.array([*scheduler._times, 0.0])[start:]
-    steps = [probe.step() for _ in times[:-1]]
-    alphas, sigmas = (values[start:] for values in probe.levels())
+def _measure(probe: _Probe, scheduler: Any, start: int) -> Measured:
+    steps, fault = probe.steps()
+    end = start + len(steps) + 1
+    times = np.array([*scheduler._times, 0.0])[start:end]
+    alphas, sigmas = (values[start:end] for values in probe.levels())
     rows = np.stack([_row(*pair) for pair in zip(steps, [*steps[1:], None], strict=True)])
     read = {name for i, name in enumerate(INPUTS) if rows[:, [NEW_X.start + i, NEW_ANCHOR.start + i]].any()}
     if not read.intersection(HISTORY):
@@ -214,7 +252,7 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> StepTable:
     rows[:, KNOWN] = np.stack([alphas[1:], sigmas[1:]], axis=1)
     for array in (rows, times):
         array.flags.writeable = False
-    return StepTable(
+    table = StepTable(
         method=type(scheduler).__name__,
         prediction=scheduler.config.prediction_type,
         rows=rows,
@@ -226,6 +264,8 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> StepTable:
         threshold=threshold_of(scheduler.config) if any(step.bounded for step in steps) else None,
         snr=np.zeros(len(rows)),
     )
+    theirs = frozenset(i for i, step in enumerate(steps) if not step.exact and probe.solver.mixes)
+    return Measured(table, fault, theirs)
 
 
 def _row(step: _Step, following: _Step | None) -> Array:

@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.measured import HISTORY, Solver, measured_table
+from fastdiff.integrations.diffusers.measured import HISTORY, Measured, Solver, measured
 from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, Run
-from fastdiff.ops.row import INPUTS, NEW_X, PREDICTION
+from fastdiff.ops.row import PREDICTION
 from fastdiff.samplers.table import StepTable
 
 __all__ = ["MultistepScheduler"]
 
-_MOST_GROWTH = 3.0
-"""Of the state in one step, beyond which most of it is taken away again: what is left is the rounding of each term."""
-
 
 class MultistepScheduler(IndexedScheduler):
-    """A scheduler whose rows are measured (`measured_table`), and whose history is its `model_outputs`.
+    """A scheduler whose rows are measured (`measured`), and whose history is its `model_outputs`.
 
     What a row cannot hold is left to diffusers' own step: more than three earlier outputs, tensors that broadcast,
     steps whose large terms cancel, so that only the same sequence of roundings gives the same result, and
@@ -33,20 +29,18 @@ class MultistepScheduler(IndexedScheduler):
     _measured = False
     _draws = False
     _first_three = False
-    _cancelling: frozenset[int] = frozenset()
+    _steps: Measured
 
     def _memory(self) -> int:
         return len(self.model_outputs)
 
     def _settings(self) -> tuple[tuple[str, Hashable], ...]:
-        """Attributes that the steps depend on, as `measured_table` takes them."""
+        """Attributes that the steps depend on, as `measured` takes them."""
         return ()
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
-        table = measured_table(self, self._solver, start, self._settings())
-        grown = np.abs(table.rows[:, [NEW_X.start + INPUTS.index(name) for name in ("x", "anchor")]]).max(axis=1)
-        self._cancelling = frozenset(np.flatnonzero(grown > _MOST_GROWTH).tolist())
-        return table, False
+        self._steps = measured(self, self._solver, start, self._settings())
+        return self._steps.table, False
 
     def _first_index(self, time: Any) -> int:
         if self._times and time not in self._times:
@@ -73,7 +67,9 @@ class MultistepScheduler(IndexedScheduler):
         if model_output.shape != sample.shape:
             return None
         run, row = self._at(timestep)
-        if row in self._cancelling or (run.table.uses[row].anchor and self._anchor() is None):
+        if row >= len(run.table) and self._steps.fault is not None:
+            raise self._steps.fault
+        if row in self._steps.theirs or (run.table.uses[row].anchor and self._anchor() is None):
             return None
         return _Due(run, row, model_output, sample)
 
@@ -82,11 +78,13 @@ class MultistepScheduler(IndexedScheduler):
         run, row, model_output, sample = due
         use = run.table.uses[row]
         dtype = dtype or _converted(due)
+        wide = torch.float32
         if sample.dtype is torch.float64 or model_output.dtype is torch.float64:
-            sample, model_output = sample.double(), model_output.double()
+            sample, model_output, wide = sample.double(), model_output.double(), torch.float64
         outputs = self.model_outputs
-        wide = torch.float64 if sample.dtype is torch.float64 else torch.float32
-        run.history = tuple(_plain(outputs[-1 - j], wide) for j in range(use.history))
+        run.history = ()
+        if use.history:
+            run.history = tuple([_plain(output, wide) for output in outputs[: -1 - use.history : -1]])
         run.anchor = _plain(self._anchor(), wide) if use.anchor else None
         if noise is not None and noise.shape != sample.shape:
             noise = noise.expand(sample.shape)
@@ -127,8 +125,10 @@ class _Due(NamedTuple):
 
 def _converted(due: _Due) -> torch.dtype:
     """The dtype of what diffusers converts the network's output to: that of the output, where the state has no part."""
-    alone = due.run.table.rows[due.row, PREDICTION][0] == 0.0
-    return due.model_output.dtype if alone else due.promoted
+    _, row, model_output, sample = due
+    if model_output.dtype is sample.dtype or due.run.table.rows[row, PREDICTION][0] == 0.0:
+        return model_output.dtype
+    return due.promoted
 
 
 def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:

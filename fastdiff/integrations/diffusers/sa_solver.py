@@ -30,9 +30,14 @@ class _Taus:
 
 
 class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
-    """The steps of `sa_solver`. Where noise is predicted, and so terms cancel, they are diffusers' own."""
+    """The steps of `sa_solver`.
 
-    _solver = Solver(diffusers.SASolverScheduler, anchor="last_sample", corrector="stochastic_adams_moulton_update")
+    Where terms cancel ("noise_prediction", thresholding of what follows from epsilon) the steps are diffusers' own.
+    """
+
+    _solver = Solver(
+        diffusers.SASolverScheduler, anchor="last_sample", corrector="stochastic_adams_moulton_update", mixes=False
+    )
     _taus: _Taus | None = None
     last_noise: Tensor
     predict_x0: bool
@@ -56,7 +61,8 @@ class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
     def _look(self) -> None:
         super()._look()
         # With variances diffusers draws noise that does not fit its state: its step raises an error.
-        self._measured = self._measured and self.predict_x0 and not self._first_three
+        cancels = (self.config.thresholding and self.config.prediction_type == "epsilon") or not self.predict_x0
+        self._measured = self._measured and not (cancels or self._first_three)
 
     def step(
         self,

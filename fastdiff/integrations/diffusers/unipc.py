@@ -23,6 +23,8 @@ class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepSchedu
     disable_corrector: list[int]
     predict_x0: bool
     solver_p: Any
+    this_order: int
+    _lowers = False
 
     def _settings(self) -> tuple[tuple[str, Hashable], ...]:
         return (("disable_corrector", tuple(self.disable_corrector)),)
@@ -30,6 +32,14 @@ class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepSchedu
     def _look(self) -> None:
         super()._look()
         self._measured = self._measured and self.predict_x0 and not self.solver_p
+        self._lowers = self.config.lower_order_final
+
+    def _advance(self) -> None:
+        assert self._step_index is not None
+        order, left = len(self.model_outputs), len(self._times) - self._step_index
+        # A step that is left to diffusers corrects the last one by its order.
+        self.this_order = min(order, self.lower_order_nums + 1, left if self._lowers else order)
+        super()._advance()
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
