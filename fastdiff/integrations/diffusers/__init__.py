@@ -8,8 +8,16 @@ diffusers looks for it in the module that a saved pipeline names.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.edm_euler import EDMEulerScheduler
+from fastdiff.integrations.diffusers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
-__all__ = ["DPMSolverMultistepScheduler", "SchedulerMixin"]
+__all__ = [
+    "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "SchedulerMixin",
+]
 
 for _name in __all__:
     if _name != "SchedulerMixin":

@@ -55,7 +55,7 @@ class Scheduler:
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
         self._timesteps = value
-        self._times = [] if value.is_meta else value.tolist()
+        self._times = [] if value is None or value.is_meta else value.tolist()
         self._run = None
 
     def _position(self, timestep: Any) -> int | None:
@@ -88,14 +88,14 @@ class Scheduler:
 
         History and anchor move on in `run`.
         """
-        if sample.dtype != dtype and dtype is not None and sample.dtype != torch.float32:
+        if dtype is not None and sample.dtype not in (dtype, torch.float32):
             sample = sample.float()
-        if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+        if (sample.requires_grad or model_output.requires_grad) and torch.is_grad_enabled():
             with use_backend("reference"):
                 x, data = _step(run, row, sample, model_output, noise)
         else:
             x, data = _step(run, row, sample, model_output, noise)
-        return x if dtype is None else x.to(dtype), data
+        return x if dtype is None or x.dtype is dtype else x.to(dtype), data
 
 
 class IndexedScheduler(Scheduler):

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fastdiff import samplers, schedules
-from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_HISTORY
+from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.problem import Problem, Threshold
 from fastdiff.samplers.table import StepTable
@@ -34,7 +34,7 @@ _KEPT_TABLES = 64
 def levels(sigmas: Tensor, *, flow: bool = False) -> tuple[Array, Array]:
     """(alpha, sigma) of levels as diffusers holds them: sigma / alpha of a schedule that keeps the variance, or the
     sigma of a flow, whose alpha is 1 - sigma."""
-    level = sigmas.double().numpy()
+    level = sigmas.double().cpu().numpy()
     if flow:
         return 1.0 - level, level
     alphas = 1.0 / np.sqrt(1.0 + level**2)
@@ -96,11 +96,23 @@ def _table(
 
 
 def giving_data(made: StepTable) -> StepTable:
-    """The same table whose rows also write D, into the slot that they leave free."""
+    """The same table whose rows also write D, into the slot that they leave free; a row that already has its data
+    prediction there keeps it."""
     slot = {"history": NEW_HISTORY, "anchor": NEW_ANCHOR}[data_slot(made) or "anchor"]
     rows = made.rows.copy()
-    rows[:, slot] = 0.0
-    rows[:, slot.start + INPUTS.index("D")] = 1.0
+    rows[~rows[:, slot].any(axis=1), slot.start + INPUTS.index("D")] = 1.0
+    rows.flags.writeable = False
+    return made.with_rows(rows)
+
+
+def negated(made: StepTable) -> StepTable:
+    """The same table for a network that gives -m."""
+    rows = made.rows.copy()
+    for column in (
+        PREDICTION.start + 1,
+        *(slot.start + INPUTS.index("m") for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR)),
+    ):
+        rows[:, column] *= -1.0
     rows.flags.writeable = False
     return made.with_rows(rows)
 
