@@ -7,15 +7,24 @@ diffusers looks for it in the module that a saved pipeline names.
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from fastdiff.integrations.diffusers.dpm2 import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
+from fastdiff.integrations.diffusers.dpm_sde import DPMSolverSDEScheduler
 from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepScheduler
 from fastdiff.integrations.diffusers.edm_euler import EDMEulerScheduler
 from fastdiff.integrations.diffusers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from fastdiff.integrations.diffusers.heun import HeunDiscreteScheduler
+from fastdiff.integrations.diffusers.lms import LMSDiscreteScheduler
 
 __all__ = [
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
     "SchedulerMixin",
 ]
 

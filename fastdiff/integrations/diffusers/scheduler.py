@@ -88,8 +88,11 @@ class Scheduler:
 
         History and anchor move on in `run`.
         """
-        if dtype is not None and sample.dtype not in (dtype, torch.float32):
-            sample = sample.float()
+        if dtype is not None and sample.dtype is not dtype:
+            if dtype is torch.float64:
+                sample = sample.double()
+            elif sample.dtype is not torch.float32:
+                sample = sample.float()
         if (sample.requires_grad or model_output.requires_grad) and torch.is_grad_enabled():
             with use_backend("reference"):
                 x, data = _step(run, row, sample, model_output, noise)

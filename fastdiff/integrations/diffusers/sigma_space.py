@@ -127,3 +127,19 @@ def refuse_integer(name: str, timestep: Any) -> None:
         refused = timestep.dtype in (torch.int64, torch.int32) and timestep.is_cpu
     if refused:
         raise ValueError(f"{name}.step: expected one of scheduler.timesteps, got an integer; pass the timestep itself")
+
+
+def result_dtype(sample: Tensor, model_output: Tensor) -> torch.dtype:
+    """The dtype of diffusers' result where it converts nothing."""
+    dtype = sample.dtype
+    return dtype if dtype is model_output.dtype else torch.promote_types(dtype, model_output.dtype)
+
+
+def history_of(kept: Sequence[Tensor], count: int, like: Tensor) -> tuple[Tensor, ...]:
+    """The last `count` of what was kept, newest first, as the operator takes it; zeros for those that are missing, as
+    in a run that starts in the middle."""
+    newest = [value.float().contiguous() for value in kept[: -count - 1 : -1]] if count else []
+    missing = count - len(newest)
+    if missing:
+        newest += [torch.zeros(like.shape, device=like.device)] * missing
+    return tuple(newest)

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fastdiff import samplers, schedules
-from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
+from fastdiff.ops.row import INPUTS, KNOWN, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.problem import Problem, Threshold
 from fastdiff.samplers.table import StepTable
@@ -113,6 +113,17 @@ def negated(made: StepTable) -> StepTable:
         *(slot.start + INPUTS.index("m") for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR)),
     ):
         rows[:, column] *= -1.0
+    rows.flags.writeable = False
+    return made.with_rows(rows)
+
+
+def scaled(made: StepTable) -> StepTable:
+    """The same table for the state x / alpha, of a method whose state is x."""
+    rows, start = made.rows.copy(), made.levels[:, 0]
+    rows[:, PREDICTION.start] *= start
+    for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
+        rows[:, slot.start + INPUTS.index("x")] *= start
+    rows[:, NEW_X] /= rows[:, KNOWN.start, None]
     rows.flags.writeable = False
     return made.with_rows(rows)
 
