@@ -6,9 +6,7 @@ from itertools import pairwise
 from fastdiff.samplers.euler import DIFFUSERS, scaled_table
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, make_row, whole
-from fastdiff.samplers.terms import epsilon, lagrange_weights, multistep
-
-SLOPES = ("needed", "all")
+from fastdiff.samplers.terms import SLOPES, epsilon, lagrange_weights, multistep
 
 
 def lms(problem: Problem, *, order: int = 4, initial: str = "unit", slopes: str = "needed") -> StepTable:

@@ -13,7 +13,9 @@ from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepSchedul
 from fastdiff.integrations.diffusers.edm_euler import EDMEulerScheduler
 from fastdiff.integrations.diffusers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from fastdiff.integrations.diffusers.heun import HeunDiscreteScheduler
+from fastdiff.integrations.diffusers.ipndm import IPNDMScheduler
 from fastdiff.integrations.diffusers.lms import LMSDiscreteScheduler
+from fastdiff.integrations.diffusers.pndm import PNDMScheduler
 
 __all__ = [
     "DPMSolverMultistepScheduler",
@@ -22,9 +24,11 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "SchedulerMixin",
 ]
 
