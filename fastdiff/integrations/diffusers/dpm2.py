@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import diffusers
+from diffusers import KDPM2AncestralDiscreteScheduler as TheirAncestral
+from diffusers import KDPM2DiscreteScheduler as Theirs
 from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2AncestralDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteSchedulerOutput
 from torch import Tensor
@@ -16,7 +17,7 @@ from fastdiff.integrations.diffusers.two_calls import TwoCallScheduler
 from fastdiff.samplers.table import StepTable
 
 
-class KDPM2DiscreteScheduler(TwoCallScheduler, diffusers.KDPM2DiscreteScheduler):
+class KDPM2DiscreteScheduler(TwoCallScheduler, Theirs):
     """Rows of `dpm2`, the inner points where diffusers has them."""
 
     unfinished = ("sample",)
@@ -33,7 +34,7 @@ class KDPM2DiscreteScheduler(TwoCallScheduler, diffusers.KDPM2DiscreteScheduler)
         """The state at the next timestep, and the data prediction."""
         due = self._due(timestep, sample, model_output)
         if due is None:
-            return diffusers.KDPM2DiscreteScheduler.step(self, model_output, timestep, sample, return_dict)
+            return Theirs.step(self, model_output, timestep, sample, return_dict)
         run, row = due
         dtype = result_dtype(sample, model_output)
         x, data = self._apply(run, row, sample, model_output, dtype=dtype)
@@ -44,7 +45,7 @@ class KDPM2DiscreteScheduler(TwoCallScheduler, diffusers.KDPM2DiscreteScheduler)
         return KDPM2DiscreteSchedulerOutput(x, data) if return_dict else (x, data)
 
 
-class KDPM2AncestralDiscreteScheduler(TwoCallScheduler, diffusers.KDPM2AncestralDiscreteScheduler):
+class KDPM2AncestralDiscreteScheduler(TwoCallScheduler, TheirAncestral):
     """Rows of `dpm2_ancestral`, the levels of a step those that diffusers has."""
 
     unfinished = ("sample",)
@@ -71,8 +72,7 @@ class KDPM2AncestralDiscreteScheduler(TwoCallScheduler, diffusers.KDPM2Ancestral
         """The state at the next timestep, and the data prediction."""
         due = self._due(timestep, sample, model_output)
         if due is None:
-            theirs = diffusers.KDPM2AncestralDiscreteScheduler.step
-            return theirs(self, model_output, timestep, sample, generator, return_dict)
+            return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         run, row = due
         noise = draw(model_output, generator) if row % 2 else None
         dtype = result_dtype(sample, model_output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import diffusers
+from diffusers import DPMSolverSDEScheduler as Theirs
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler, DPMSolverSDESchedulerOutput
 from torch import Tensor
 
@@ -19,7 +19,7 @@ _MOST_NOISE = 10.0
 """What the rows take as s_noise."""
 
 
-class DPMSolverSDEScheduler(TwoCallScheduler, diffusers.DPMSolverSDEScheduler):
+class DPMSolverSDEScheduler(TwoCallScheduler, Theirs):
     """Rows of `dpmpp_sde` in y = x / alpha, with noise from diffusers' own Brownian tree."""
 
     unfinished = ("sample",)
@@ -56,8 +56,7 @@ class DPMSolverSDEScheduler(TwoCallScheduler, diffusers.DPMSolverSDEScheduler):
             self._change_noise(float(s_noise))
         due = self._due(timestep, sample, model_output) if s_noise == self._s_noise else None
         if due is None:
-            theirs = diffusers.DPMSolverSDEScheduler.step
-            return theirs(self, model_output, timestep, sample, return_dict, s_noise)
+            return Theirs.step(self, model_output, timestep, sample, return_dict, s_noise)
         run, row = due
         if self.noise_sampler is None:
             self._grow_tree(sample)

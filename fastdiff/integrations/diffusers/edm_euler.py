@@ -6,8 +6,8 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import diffusers
 import numpy as np
+from diffusers import EDMEulerScheduler as Theirs
 from diffusers.schedulers import scheduling_edm_euler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastdiff.samplers.table import StepTable
 from fastdiff.schedules import Schedule
 
 
-class EDMEulerScheduler(ChurnScheduler, diffusers.EDMEulerScheduler):
+class EDMEulerScheduler(ChurnScheduler, Theirs):
     """Rows of `euler` for the prediction "edm", with churn whose network call comes before the noise."""
 
     _given: bool = False
@@ -67,8 +67,9 @@ class EDMEulerScheduler(ChurnScheduler, diffusers.EDMEulerScheduler):
         churn, given = (s_churn, s_tmin, s_tmax, s_noise), pred_original_sample is not None
         output = model_output if pred_original_sample is None else pred_original_sample
         if not sample.shape == output.shape == model_output.shape or not self._takes(churn):
-            theirs = diffusers.EDMEulerScheduler.step
-            return theirs(self, model_output, timestep, sample, *churn, generator, return_dict, pred_original_sample)
+            return Theirs.step(
+                self, model_output, timestep, sample, *churn, generator, return_dict, pred_original_sample
+            )
         if given != self._given:
             self._given, self._run = given, None
         run, row = self._at(timestep)

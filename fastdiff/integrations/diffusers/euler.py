@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import diffusers
+from diffusers import EulerAncestralDiscreteScheduler as TheirAncestral
+from diffusers import EulerDiscreteScheduler as Theirs
 from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_euler_discrete
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
@@ -18,7 +19,7 @@ from fastdiff.samplers.table import StepTable
 UNSCALED = "step: scale_model_input was not called before it, so the network was given an input of another size"
 
 
-class EulerDiscreteScheduler(ChurnScheduler, diffusers.EulerDiscreteScheduler):
+class EulerDiscreteScheduler(ChurnScheduler, Theirs):
     """Rows of `euler`, with churn whose network call comes before the noise."""
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
@@ -42,8 +43,7 @@ class EulerDiscreteScheduler(ChurnScheduler, diffusers.EulerDiscreteScheduler):
             scheduling_euler_discrete.logger.warning(UNSCALED)
         churn = (s_churn, s_tmin, s_tmax, s_noise)
         if sample.shape != model_output.shape or not self._takes(churn):
-            theirs = diffusers.EulerDiscreteScheduler.step
-            return theirs(self, model_output, timestep, sample, *churn, generator, return_dict)
+            return Theirs.step(self, model_output, timestep, sample, *churn, generator, return_dict)
         run, row = self._at(timestep)
         noise = draw(model_output, generator) if self._raised[row] else None
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
@@ -53,7 +53,7 @@ class EulerDiscreteScheduler(ChurnScheduler, diffusers.EulerDiscreteScheduler):
         return EulerDiscreteSchedulerOutput(x, data) if return_dict else (x, data)
 
 
-class EulerAncestralDiscreteScheduler(SigmaScheduler, diffusers.EulerAncestralDiscreteScheduler):
+class EulerAncestralDiscreteScheduler(SigmaScheduler, TheirAncestral):
     """Rows of `euler_ancestral`."""
 
     unfinished = ("sample",)
@@ -74,8 +74,7 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler, diffusers.EulerAncestralDi
         if not self.is_scale_input_called:
             scheduling_euler_ancestral_discrete.logger.warning(UNSCALED)
         if sample.shape != model_output.shape:
-            theirs = diffusers.EulerAncestralDiscreteScheduler.step
-            return theirs(self, model_output, timestep, sample, generator, return_dict)
+            return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         run, row = self._at(timestep)
         noise = draw(model_output, generator)
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
+from diffusers import HeunDiscreteScheduler as Theirs
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from fastdiff.integrations.diffusers.two_calls import TwoCallScheduler
 from fastdiff.samplers.table import StepTable
 
 
-class HeunDiscreteScheduler(TwoCallScheduler, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(TwoCallScheduler, Theirs):
     """Rows of `heun`."""
 
     dt: Any
@@ -46,7 +46,7 @@ class HeunDiscreteScheduler(TwoCallScheduler, diffusers.HeunDiscreteScheduler):
         """The state at the next timestep, and the data prediction."""
         due = self._due(timestep, sample, model_output)
         if due is None:
-            return diffusers.HeunDiscreteScheduler.step(self, model_output, timestep, sample, return_dict)
+            return Theirs.step(self, model_output, timestep, sample, return_dict)
         run, row = due
         dtype = result_dtype(sample, model_output)
         x, data = self._apply(run, row, sample, model_output, dtype=dtype)

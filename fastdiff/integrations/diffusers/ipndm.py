@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
+from diffusers import IPNDMScheduler as Theirs
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
@@ -17,7 +17,7 @@ _EARLIER = 3
 """Noise predictions that a step reads besides its own."""
 
 
-class IPNDMScheduler(IndexedScheduler, diffusers.IPNDMScheduler):
+class IPNDMScheduler(IndexedScheduler, Theirs):
     """Rows of `ipndm`. `ets`, oldest first, is what the rows read; it grows as diffusers' does, and is float32."""
 
     ets: list[Tensor]
@@ -66,7 +66,7 @@ class IPNDMScheduler(IndexedScheduler, diffusers.IPNDMScheduler):
         if self.num_inference_steps is None:
             raise ValueError("step: expected a scheduler with timesteps, got none; call set_timesteps first")
         if sample.shape != model_output.shape:
-            return diffusers.IPNDMScheduler.step(self, model_output, timestep, sample, return_dict)
+            return Theirs.step(self, model_output, timestep, sample, return_dict)
         run, row = self._at(timestep)
         run.history = history_of(self.ets, run.table.uses[row].history, sample)
         x, _ = self._apply(run, row, sample, model_output, dtype=result_dtype(sample, model_output))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-import diffusers
+from diffusers import LMSDiscreteScheduler as Theirs
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOutput
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from fastdiff.samplers.table import StepTable
 _MOST_SLOPES = 4
 
 
-class LMSDiscreteScheduler(SigmaScheduler, diffusers.LMSDiscreteScheduler):
+class LMSDiscreteScheduler(SigmaScheduler, Theirs):
     """Rows of `lms`, which every step may have another order of.
 
     `derivatives`, oldest first, is what the rows read; they are float32.
@@ -40,8 +40,7 @@ class LMSDiscreteScheduler(SigmaScheduler, diffusers.LMSDiscreteScheduler):
         if not self.is_scale_input_called:
             warnings.warn(UNSCALED, stacklevel=2)
         if sample.shape != model_output.shape or not 1 <= order <= _MOST_SLOPES:
-            theirs = diffusers.LMSDiscreteScheduler.step
-            return theirs(self, model_output, timestep, sample, order, return_dict)
+            return Theirs.step(self, model_output, timestep, sample, order, return_dict)
         if order != self._order:
             self._order, self._run = order, None
         run, row = self._at(timestep)

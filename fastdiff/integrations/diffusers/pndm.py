@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-import diffusers
 import numpy as np
+from diffusers import PNDMScheduler as Theirs
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
@@ -26,7 +26,7 @@ _SHARES = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 """Of the four calls of a Runge-Kutta step, in its last one."""
 
 
-class PNDMScheduler(Scheduler, diffusers.PNDMScheduler):
+class PNDMScheduler(Scheduler, Theirs):
     """Rows of phi of `pndm`, one for each call.
 
     A call is made from what diffusers keeps in public (`counter`, `ets`, `cur_sample`, `cur_model_output`), so that it
@@ -55,7 +55,7 @@ class PNDMScheduler(Scheduler, diffusers.PNDMScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Places the timesteps; the schedule is read here, as `add_noise` may move it to another device."""
-        diffusers.PNDMScheduler.set_timesteps(self, num_inference_steps, device)
+        Theirs.set_timesteps(self, num_inference_steps, device)
         self._products, self._final = self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
 
     def step_prk(
@@ -64,7 +64,7 @@ class PNDMScheduler(Scheduler, diffusers.PNDMScheduler):
         """A call of a Runge-Kutta step: the state at which the next call is made."""
         self._check_timesteps()
         if sample.shape != model_output.shape:
-            return diffusers.PNDMScheduler.step_prk(self, model_output, timestep, sample, return_dict)
+            return Theirs.step_prk(self, model_output, timestep, sample, return_dict)
         phase, outputs = self.counter % 4, [model_output]
         start, end, weights = self._prk_key(self.counter, int(self._time(timestep)))
         if phase == 0:
@@ -91,7 +91,7 @@ class PNDMScheduler(Scheduler, diffusers.PNDMScheduler):
                 "12 timesteps, or set skip_prk_steps"
             )
         if sample.shape != model_output.shape:
-            return diffusers.PNDMScheduler.step_plms(self, model_output, timestep, sample, return_dict)
+            return Theirs.step_plms(self, model_output, timestep, sample, return_dict)
         if self.counter != 1:
             self.ets = self.ets[-3:]
             self.ets.append(model_output)
