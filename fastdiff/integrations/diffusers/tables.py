@@ -108,11 +108,9 @@ def giving_data(made: StepTable) -> StepTable:
 def negated(made: StepTable) -> StepTable:
     """The same table for a network that gives -m."""
     rows = made.rows.copy()
-    for column in (
-        PREDICTION.start + 1,
-        *(slot.start + INPUTS.index("m") for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR)),
-    ):
-        rows[:, column] *= -1.0
+    rows[:, PREDICTION.start + 1] *= -1.0
+    for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
+        rows[:, slot.start + INPUTS.index("m")] *= -1.0
     rows.flags.writeable = False
     return made.with_rows(rows)
 
