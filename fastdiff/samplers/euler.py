@@ -63,8 +63,10 @@ def _rows_before(problem: Problem, chosen: Churn) -> Iterator[Row]:
         shrink = end.ratio / raised.ratio
         data = start.data if problem.prediction == "v" else raised.data
         keep = shrink + (1.0 - shrink) * data.x
-        noise = keep * chosen.s_noise * added_noise(start, raised)
-        yield make_row(problem, start, {"x": keep, "m": (1.0 - shrink) * data.m, "noise": noise}, to=end)
+        noise = chosen.s_noise * added_noise(start, raised)
+        new_x = {"x": keep, "m": (1.0 - shrink) * data.m, "noise": keep * noise}
+        anchor = None if raised is start else {"x": data.x, "m": data.m, "noise": data.x * noise}
+        yield make_row(problem, start, new_x, to=end, anchor=anchor)
 
 
 def euler_ancestral(problem: Problem, *, eta: float = 1.0, s_noise: float = 1.0, initial: str = "unit") -> StepTable:

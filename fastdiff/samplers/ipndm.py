@@ -5,24 +5,40 @@ Zhang and Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integra
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from fastdiff.samplers.problem import Point, Problem
 from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, flag, make_row, make_table, whole
-from fastdiff.samplers.terms import ADAMS_BASHFORTH, epsilon, lagrange_weights, multistep
+from fastdiff.samplers.terms import ADAMS_BASHFORTH, SLOPES, epsilon, lagrange_weights, multistep
 
 WEIGHTS = ("exact", "published")
 _Weights = Callable[[Sequence[Point], Point], tuple[float, ...]]
 
 
-def ipndm(problem: Problem, *, order: int = 4, lower_order_final: bool = True, first_data: bool = True) -> StepTable:
+FLOOR = 1e-8
+"""What diffusers divides by where alpha is less."""
+
+
+def ipndm(
+    problem: Problem,
+    *,
+    order: int = 4,
+    lower_order_final: bool = True,
+    first_data: bool = True,
+    earlier: int = 0,
+    slopes: str = "needed",
+) -> StepTable:
     """x' = (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) e, e = sum_j b_j epsilon_j with Adams-Bashforth's b_j.
 
     epsilon_0 is the newest noise prediction; the first steps have fewer of them. The weights are those of equal steps
     and the coefficient before e is exact for a constant e only: the order of convergence is 2, whatever `order` is.
     order       1 to 4
     lower_order_final   whether a step to sigma' = 0 takes the newest prediction alone
-    first_data  whether a first step from alpha = 0 has its data prediction; diffusers loses it there
+    first_data  whether a first step from alpha = 0 has its data prediction; diffusers loses it there, and divides by
+                `FLOOR` instead of alpha
+    earlier     0 to 3: noise predictions from before the first step, of which the caller has the newest as hist1
+    slopes      `terms.SLOPES`
     """
 
     def weights(points: Sequence[Point], end: Point) -> tuple[float, ...]:
@@ -31,7 +47,10 @@ def ipndm(problem: Problem, *, order: int = 4, lower_order_final: bool = True, f
     whole("ipndm", "order", order, 1, 4)
     flag("ipndm", "lower_order_final", lower_order_final)
     flag("ipndm", "first_data", first_data)
-    return make_table("ipndm", problem, _rows(problem, order, lower_order_final, weights, first_data))
+    whole("ipndm", "earlier", earlier, 0, 3)
+    every = choice("ipndm", "slopes", slopes, SLOPES) == "all"
+    made = _rows(problem, order, lower_order_final, weights, first_data, earlier=earlier, every=every)
+    return make_table("ipndm", problem, made)
 
 
 def ipndm_v(problem: Problem, *, order: int = 4, lower_order_final: bool = True, weights: str = "exact") -> StepTable:
@@ -49,22 +68,34 @@ def ipndm_v(problem: Problem, *, order: int = 4, lower_order_final: bool = True,
     return make_table("ipndm_v", problem, _rows(problem, order, lower_order_final, made, True))
 
 
-def _rows(problem: Problem, order: int, lower_order_final: bool, weights: _Weights, first_data: bool) -> Iterator[Row]:
+def _rows(
+    problem: Problem,
+    order: int,
+    lower_order_final: bool,
+    weights: _Weights,
+    first_data: bool,
+    *,
+    earlier: int = 0,
+    every: bool = False,
+) -> Iterator[Row]:
     points = problem.points()
-    orders = [_order(points, i, order, lower_order_final) for i in range(problem.grid.steps)]
+    orders = [_order(points, i, order, lower_order_final, earlier) for i in range(problem.grid.steps)]
     for i, (start, end) in enumerate(pairwise(points)):
-        newest = [points[i - j] for j in range(orders[i])]
+        # Of what lies before the first step, the number counts and not the place.
+        newest = [points[max(i - j, 0)] for j in range(orders[i])]
         noise = epsilon(problem, start)
-        new_x = multistep(start, end, noise, weights(newest, end))
+        divided = start if first_data else replace(start, alpha=max(start.alpha, FLOOR))
+        new_x = multistep(divided, end, noise, weights(newest, end))
         if start.alpha == 0.0 and not first_data:
             new_x["D"] -= end.alpha
-        yield make_row(problem, start, new_x, to=end, history=noise if any(n > 1 for n in orders[i + 1 :]) else None)
+        keep = noise if every or any(n > 1 for n in orders[i + 1 :]) else None
+        yield make_row(problem, start, new_x, to=end, history=keep)
 
 
-def _order(points: Sequence[Point], i: int, order: int, lower_order_final: bool) -> int:
-    if i == 0 or (lower_order_final and points[i + 1].sigma == 0.0):
+def _order(points: Sequence[Point], i: int, order: int, lower_order_final: bool, earlier: int) -> int:
+    if lower_order_final and points[i + 1].sigma == 0.0:
         return 1
-    return min(order, i + 1)
+    return min(order, i + 1 + earlier)
 
 
 def _exact(points: Sequence[Point], end: Point) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds", e
 the step x' = (alpha'/alpha) x + (sigma' - alpha' sigma/alpha) e, equation 9.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -43,6 +43,26 @@ def plms(problem: Problem, *, previous_timestep: str = "grid", combined: str = "
     (skip_prk_steps). The options are those of `pndm`.
     """
     return make_table("plms", problem, _rows(_Solver("plms", problem, previous_timestep, combined), False))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A step x' = phi(x, e) from `start` to `end`, e the sum of weights * (m, hist1, hist2, hist3)."""
+
+    start: Point
+    end: Point
+    weights: tuple[float, ...]
+
+
+def separate_calls(problem: Problem, calls: Iterable[Call]) -> StepTable:
+    """A row for each call, which need not be those of one run: for a caller who keeps x and the network's outputs of
+    earlier calls, and gives them back. The outputs are combined as they are (`combined` = "output")."""
+    solver = _Solver("pndm", problem, "stride", "output")
+    rows = (
+        make_row(problem, call.start, _combined(solver, call.start, call.end, call.weights), to=call.end)
+        for call in calls
+    )
+    return make_table("pndm", problem, rows)
 
 
 @dataclass(frozen=True)
@@ -97,11 +117,16 @@ def _multistep(solver: _Solver, start: Point, end: Point, *, earlier: int, keep:
     if start.alpha == 0.0:
         new_x = ddim_step(end, epsilon(solver.problem, start))
     else:
-        a, b = solver.phi(start, end)
-        newest, *others = ADAMS_BASHFORTH[earlier]
-        hist = {f"hist{j}": b * weight for j, weight in enumerate(others, start=1)}
-        new_x = total((a, {"x": 1.0}), (b * newest, slope), (1.0, hist))
+        new_x = _combined(solver, start, end, ADAMS_BASHFORTH[earlier])
     return make_row(solver.problem, start, new_x, to=end, history=slope if keep else None)
+
+
+def _combined(solver: _Solver, start: Point, end: Point, weights: Sequence[float]) -> dict[str, float]:
+    """phi(x, e), e the sum of weights * (newest, hist1, hist2, hist3)."""
+    a, b = solver.phi(start, end)
+    newest, *others = weights
+    hist = {f"hist{j}": b * weight for j, weight in enumerate(others, start=1)}
+    return total((a, {"x": 1.0}), (b * newest, solver.slope(start)), (1.0, hist))
 
 
 def _corrected(solver: _Solver, start: Point, end: Point, following: Point) -> Iterator[Row]:

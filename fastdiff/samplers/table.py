@@ -106,7 +106,7 @@ class StepTable:
     grid: Grid
     threshold: Threshold | None
     snr: Array
-    _tensors: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tensors: dict[torch.device | str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -152,6 +152,9 @@ class StepTable:
 
     def tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The rows as float32 on a device, made once per device."""
+        made = self._tensors.get(device)  # a name is never a key, and a device is looked up without another
+        if made is not None:
+            return made
         device = torch.device(device)
         if device not in self._tensors:
             self._tensors[device] = torch.from_numpy(self.rows.astype(np.float32)).to(device)

@@ -16,6 +16,9 @@ ADAMS_BASHFORTH = (
 )
 """Weights of the newest and the earlier slopes for equal steps, orders 1 to 4."""
 
+SLOPES = ("needed", "all")
+"""Which rows of a multistep method keep their slope: those of which a later one reads it, or all."""
+
 
 def total(*terms: tuple[float, Coefficients]) -> dict[str, float]:
     """The sum of factor * coefficients."""

@@ -12,10 +12,18 @@ from fastdiff.integrations.diffusers.consistency_models import CMStochasticItera
 from fastdiff.integrations.diffusers.ddim import DDIMInverseScheduler, DDIMScheduler
 from fastdiff.integrations.diffusers.ddpm import DDPMScheduler, UnCLIPScheduler
 from fastdiff.integrations.diffusers.deis import DEISMultistepScheduler
+from fastdiff.integrations.diffusers.dpm2 import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
+from fastdiff.integrations.diffusers.dpm_sde import DPMSolverSDEScheduler
 from fastdiff.integrations.diffusers.dpm_singlestep import DPMSolverSinglestepScheduler
 from fastdiff.integrations.diffusers.dpm_solver import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
 from fastdiff.integrations.diffusers.edm_dpm import EDMDPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.edm_euler import EDMEulerScheduler
+from fastdiff.integrations.diffusers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from fastdiff.integrations.diffusers.flow_match import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from fastdiff.integrations.diffusers.heun import HeunDiscreteScheduler
+from fastdiff.integrations.diffusers.ipndm import IPNDMScheduler
+from fastdiff.integrations.diffusers.lms import LMSDiscreteScheduler
+from fastdiff.integrations.diffusers.pndm import PNDMScheduler
 from fastdiff.integrations.diffusers.repaint import RePaintScheduler
 from fastdiff.integrations.diffusers.sa_solver import SASolverScheduler
 from fastdiff.integrations.diffusers.score_sde import ScoreSdeVeScheduler
@@ -29,11 +37,21 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
     "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "RePaintScheduler",
     "SASolverScheduler",
     "SchedulerMixin",

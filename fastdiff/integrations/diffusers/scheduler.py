@@ -110,9 +110,12 @@ class Scheduler:
 
         History and anchor move on in `run`. options: further ones of `ops.sampler_step`, such as a kept part.
         """
-        if sample.dtype != dtype and dtype is not None and sample.dtype != torch.float32:
-            sample = sample.float()
-        if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+        if dtype is not None and sample.dtype is not dtype:
+            if dtype is torch.float64:
+                sample = sample.double()
+            elif sample.dtype is not torch.float32:
+                sample = sample.float()
+        if (sample.requires_grad or model_output.requires_grad) and torch.is_grad_enabled():
             with use_backend("reference"):
                 x, data = _step(run, row, sample, model_output, noise, options)
         else:

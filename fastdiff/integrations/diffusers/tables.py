@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fastdiff import samplers, schedules
-from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_HISTORY
+from fastdiff.ops.row import INPUTS, KNOWN, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.problem import Problem, Threshold
 from fastdiff.samplers.table import StepTable
@@ -96,11 +96,32 @@ def _table(
 
 
 def giving_data(made: StepTable) -> StepTable:
-    """The same table whose rows also write D, into the slot that they leave free."""
+    """The same table whose rows also write D, into the slot that they leave free; a row that already has its data
+    prediction there keeps it."""
     slot = {"history": NEW_HISTORY, "anchor": NEW_ANCHOR}[data_slot(made) or "anchor"]
     rows = made.rows.copy()
-    rows[:, slot] = 0.0
-    rows[:, slot.start + INPUTS.index("D")] = 1.0
+    rows[~rows[:, slot].any(axis=1), slot.start + INPUTS.index("D")] = 1.0
+    rows.flags.writeable = False
+    return made.with_rows(rows)
+
+
+def negated(made: StepTable) -> StepTable:
+    """The same table for a network that gives -m."""
+    rows = made.rows.copy()
+    rows[:, PREDICTION.start + 1] *= -1.0
+    for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
+        rows[:, slot.start + INPUTS.index("m")] *= -1.0
+    rows.flags.writeable = False
+    return made.with_rows(rows)
+
+
+def scaled(made: StepTable) -> StepTable:
+    """The same table for the state x / alpha, of a method whose state is x."""
+    rows, start = made.rows.copy(), made.levels[:, 0]
+    rows[:, PREDICTION.start] *= start
+    for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
+        rows[:, slot.start + INPUTS.index("x")] *= start
+    rows[:, NEW_X] /= rows[:, KNOWN.start, None]
     rows.flags.writeable = False
     return made.with_rows(rows)
 

@@ -1,0 +1,63 @@
+"""Heun's method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import HeunDiscreteScheduler as Theirs
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
+from torch import Tensor
+
+from fastdiff.integrations.diffusers.sigma_space import result_dtype
+from fastdiff.integrations.diffusers.two_calls import TwoCallScheduler
+from fastdiff.samplers.table import StepTable
+
+
+class HeunDiscreteScheduler(TwoCallScheduler, Theirs):
+    """Rows of `heun`."""
+
+    dt: Any
+    sample: Tensor | None
+    _levels: list[float]
+    _slope: Any = None
+    """`prev_derivative`, or the (y, D, sigma) that it follows from."""
+
+    @property
+    def prev_derivative(self) -> Any:
+        """(y - D) / sigma of a step's first call while the second is due; no step of ours reads it."""
+        if isinstance(self._slope, tuple):
+            y, data, sigma = self._slope
+            self._slope = (y - data) / sigma
+        return self._slope
+
+    @prev_derivative.setter
+    def prev_derivative(self, value: Any) -> None:
+        self._slope = value
+
+    def _table(self, start: int) -> tuple[StepTable, bool]:
+        config = self.config
+        clip = config.clip_sample_range if config.clip_sample else None
+        self._levels = self.sigmas.tolist()
+        return self._rows("heun", sigmas=self._ends, times=self._times[::2], clip=clip)
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> HeunDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
+        """The state at the next timestep, and the data prediction."""
+        due = self._due(timestep, sample, model_output)
+        if due is None:
+            return Theirs.step(self, model_output, timestep, sample, return_dict)
+        run, row = due
+        dtype = result_dtype(sample, model_output)
+        x, data = self._apply(run, row, sample, model_output, dtype=dtype)
+        if data is None:
+            data = model_output
+        else:
+            data = data.to(model_output.dtype if run.table.prediction == "sample" else dtype)
+        if row % 2:
+            self.prev_derivative = self.dt = self.sample = None
+        else:
+            sigma = self._levels[row]
+            self.prev_derivative, self.dt, self.sample = (sample, data, sigma), self._levels[row + 1] - sigma, sample
+        self._step_index += 1
+        return HeunDiscreteSchedulerOutput(x, data) if return_dict else (x, data)

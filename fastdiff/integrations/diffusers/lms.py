@@ -1,0 +1,55 @@
+"""The linear multistep method of k-diffusion."""
+
+from __future__ import annotations
+
+import warnings
+
+from diffusers import LMSDiscreteScheduler as Theirs
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOutput
+from torch import Tensor
+
+from fastdiff.integrations.diffusers.euler import UNSCALED
+from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler, history_of, result_dtype
+from fastdiff.samplers.table import StepTable
+
+_MOST_SLOPES = 4
+
+
+class LMSDiscreteScheduler(SigmaScheduler, Theirs):
+    """Rows of `lms`, which every step may have another order of.
+
+    `derivatives`, oldest first, is what the rows read; they are float32.
+    """
+
+    derivatives: list[Tensor]
+    _order: int = _MOST_SLOPES
+
+    def _table(self, start: int) -> tuple[StepTable, bool]:
+        options = {"order": self._order, "slopes": "all"}
+        return self._rows("lms", sigmas=self.sigmas, times=self._times, options=options)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        order: int = _MOST_SLOPES,
+        return_dict: bool = True,
+    ) -> LMSDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
+        """The state at the next timestep, and the data prediction."""
+        if not self.is_scale_input_called:
+            warnings.warn(UNSCALED, stacklevel=2)
+        if sample.shape != model_output.shape or not 1 <= order <= _MOST_SLOPES:
+            return Theirs.step(self, model_output, timestep, sample, order, return_dict)
+        if order != self._order:
+            self._order, self._run = order, None
+        run, row = self._at(timestep)
+        dtype = result_dtype(sample, model_output)
+        run.history = history_of(self.derivatives, run.table.uses[row].history, sample)
+        x, data = self._apply(run, row, sample, model_output, dtype=dtype)
+        data = model_output if data is None else data.to(dtype)
+        self.derivatives.append(run.history[0])
+        if len(self.derivatives) > order:
+            self.derivatives.pop(0)
+        self._step_index += 1
+        return LMSDiscreteSchedulerOutput(x, data) if return_dict else (x, data)

@@ -1,0 +1,39 @@
+"""What the schedulers with two network calls a step share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.integrations.diffusers.scheduler import Run
+from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler
+
+
+class TwoCallScheduler(SigmaScheduler):
+    """Index 2 k is the first call of step k, index 2 k + 1 its second; the last step, to sigma = 0, has one.
+
+    Which of the two is due stands in public fields of diffusers' (`state_in_first_order`). Where that is not what the
+    index says, as after a start at an odd index, a class leaves the step to diffusers' own.
+    """
+
+    state_in_first_order: bool
+    _second: int | None = None
+    """The index of the second call whose first one left its anchor in the run."""
+
+    @property
+    def _ends(self) -> Tensor:
+        """The levels of the steps' ends: each step's first level, and the last's end."""
+        steps = (len(self._times) + 1) // 2
+        return torch.cat([self.sigmas[:1], self.sigmas[1 : 2 * steps : 2]])
+
+    def _due(self, timestep: Any, sample: Tensor, model_output: Tensor) -> tuple[Run, int] | None:
+        """The run and its row for this call; None where no row is made for it."""
+        if sample.shape != model_output.shape:
+            return None
+        run, row = self._at(timestep)
+        if self.state_in_first_order:
+            self._second = row + 1
+            return None if row % 2 else (run, row)
+        return (run, row) if row == self._second and row % 2 and run.anchor is not None else None

@@ -1,0 +1,84 @@
+"""The linear multistep method of k-diffusion against diffusers at every step."""
+
+import numpy as np
+import pytest
+import torch
+from drop_in import SHAPE, assert_close_in_half, assert_parity, network, pair, relative
+
+NAME = "LMSDiscreteScheduler"
+# The constructor places every training timestep one by one.
+FEW = {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.12}
+CONFIGS = {
+    "defaults": {},
+    "v": {"prediction_type": "v_prediction"},
+    "sample": {"prediction_type": "sample"},
+    "scaled_linear leading": {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1},
+    "trailing": {"timestep_spacing": "trailing"},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True, "prediction_type": "v_prediction"},
+    "beta": {"use_beta_sigmas": True},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained betas": {"trained_betas": np.linspace(1e-3, 0.15, 100)},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_lms_parity(config):
+    for steps in (1, 2, 7, 20):
+        assert_parity(NAME, {**FEW, **config}, steps=steps)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 6])
+def test_lms_orders(order):
+    assert_parity(NAME, FEW, step_options={"order": order})
+
+
+@pytest.mark.parametrize("options", [{"begin": 5}, {"skip": 5}], ids=["set_begin_index", "the timestep alone"])
+@pytest.mark.parametrize("order", [4, 5])
+def test_lms_from_the_middle(order, options):
+    assert_parity(NAME, FEW, steps=20, step_options={"order": order}, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 7), (1, 2, 3, 4, 5)], ids=str)
+def test_lms_any_rank(shape):
+    assert_parity(NAME, FEW, steps=5, shape=shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_lms_half(prediction, dtype):
+    assert_close_in_half(NAME, {**FEW, "prediction_type": prediction}, dtype)
+
+
+def test_the_order_may_change_from_step_to_step():
+    orders, results = (4, 1, 3, 2, 4, 5, 4, 1, 4, 4), []
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for scheduler in pair(NAME, FEW):
+        scheduler.set_timesteps(len(orders))
+        x, states = start * scheduler.init_noise_sigma, []
+        for order, t in zip(orders, scheduler.timesteps, strict=True):
+            x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, order=order).prev_sample
+            states += [x, *scheduler.derivatives]
+        results.append(states)
+    for our, their in zip(*results, strict=True):
+        assert relative(our, their) < 1e-5
+
+
+def test_derivatives_may_be_set():
+    results = []
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for scheduler in pair(NAME, FEW):
+        scheduler.set_timesteps(10)
+        scheduler.set_begin_index(4)
+        scheduler.scale_model_input(x, scheduler.timesteps[4])
+        scheduler.derivatives = [0.1 * i * x for i in range(3)]
+        results.append(scheduler.step(0.5 * x, scheduler.timesteps[4], x).prev_sample)
+    assert relative(*results) < 1e-5
+
+
+def test_a_missing_scale_model_input_is_warned_of():
+    x = torch.zeros(SHAPE)
+    for scheduler in pair(NAME, FEW):
+        scheduler.set_timesteps(3)
+        with pytest.warns(UserWarning, match="scale_model_input"):
+            scheduler.step(x, scheduler.timesteps[0], x)
