@@ -258,7 +258,7 @@ def _step(
     else:
         data = step.anchor if run.data == "anchor" else None
         if step.history is not None:
-            run.history = (step.history, *run.history)[: table.depth]
+            run.history = (step.history, *run.history)[: max(table.depth, 1)]
     if step.anchor is not None and run.data != "anchor":
         run.anchor = step.anchor
     return step.x, data
