@@ -97,15 +97,14 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
             churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
             theirs = super().step  # type: ignore[misc]
             return theirs(model_output, timestep, sample, **churn, generator=generator, return_dict=return_dict)
+        sigma = self._sigma_values[index if first else index - 1]
         noise = None
-        if s_churn > 0.0 and np.float32(s_tmin) <= self._sigma_values[index if first else index - 1] <= np.float32(
-            s_tmax
-        ):
+        if s_churn > 0.0 and np.float32(s_tmin) <= sigma <= np.float32(s_tmax):
             noise = draw(model_output, generator)
         m = model_output
         if first:
             self._set_churn((s_churn, s_tmin, s_tmax, s_noise))
-            self.dt = self._sigma_values[index + 1] - self._sigma_values[index]
+            self.dt = self._sigma_values[index + 1] - sigma
         else:
             if self._is_long(index - 1):
                 m = _rounded(m, sample.float(), self._sigma_values[index])
