@@ -30,8 +30,8 @@ class CMStochasticIterativeScheduler(AddNoise, IndexedScheduler, diffusers.CMSto
     is_scale_input_called: bool
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
-        config, sigmas = self.config, self._levels[start:]
-        if len(self._levels) == len(self._times):
+        config, sigmas = self.config, self._sigma_values[start:]
+        if len(self._sigma_values) == len(self._times):
             # Before `set_timesteps` no level ends the last step.
             sigmas = [*sigmas, sigmas[-1]]
         made = table(
@@ -53,7 +53,7 @@ class CMStochasticIterativeScheduler(AddNoise, IndexedScheduler, diffusers.CMSto
             self._init_step_index(timestep)
         assert self._step_index is not None
         self.is_scale_input_called = True
-        return sample / math.hypot(self._levels[self._step_index], self.config.sigma_data)
+        return sample / math.hypot(self._sigma_values[self._step_index], self.config.sigma_data)
 
     def step(
         self,

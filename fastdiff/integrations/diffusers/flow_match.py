@@ -28,7 +28,7 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
     def _table(self, start: int) -> tuple[StepTable, bool]:
         config = self.config
         options = {"stochastic": config.stochastic_sampling}
-        return _flow_table("flow_euler", config, self._levels[start:], self._times[start:], start, options), False
+        return _flow_table("flow_euler", config, self._sigma_values[start:], self._times[start:], start, options), False
 
     def step(
         self,
@@ -64,7 +64,7 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
     _churn: _Churn = (0.0, 0.0, math.inf, 1.0)
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
-        points = [self._levels[start], *self._levels[start + 1 :: 2]]
+        points = [self._sigma_values[start], *self._sigma_values[start + 1 :: 2]]
         s_churn, s_tmin, s_tmax, s_noise = self._churn
         # They are compared with float32 levels.
         ends = {"s_tmin": float(np.float32(s_tmin)), "s_tmax": float(np.float32(s_tmax))}
@@ -97,16 +97,17 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
             churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
             theirs = super().step  # type: ignore[misc]
             return theirs(model_output, timestep, sample, **churn, generator=generator, return_dict=return_dict)
+        sigma = self._sigma_values[index if first else index - 1]
         noise = None
-        if s_churn > 0.0 and np.float32(s_tmin) <= self._levels[index if first else index - 1] <= np.float32(s_tmax):
+        if s_churn > 0.0 and np.float32(s_tmin) <= sigma <= np.float32(s_tmax):
             noise = draw(model_output, generator)
         m = model_output
         if first:
             self._set_churn((s_churn, s_tmin, s_tmax, s_noise))
-            self.dt = self._levels[index + 1] - self._levels[index]
+            self.dt = self._sigma_values[index + 1] - sigma
         else:
             if self._is_long(index - 1):
-                m = _rounded(m, sample.float(), self._levels[index])
+                m = _rounded(m, sample.float(), self._sigma_values[index])
             self.dt = None
         run, row = self._at(timestep)
         x, _ = self._apply(run, row, sample, m, noise=noise, dtype=model_output.dtype)
@@ -119,7 +120,7 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         return index % 2 == 0 and not (s_churn > 0.0 and self._is_long(index))
 
     def _is_long(self, index: int) -> bool:
-        start, end = self._levels[index : index + 2]
+        start, end = self._sigma_values[index : index + 2]
         return end > 0.0 and abs(end - start) > _LONG_STEP * end
 
     def _set_churn(self, churn: _Churn) -> None:

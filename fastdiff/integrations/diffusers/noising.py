@@ -54,7 +54,7 @@ def at_indices(scheduler: Any, form: Form, x: Tensor, noise: Tensor | None, foun
     """x with noise at the levels of these indices, one for all samples or one for each; None as in `at_timesteps`."""
     if not _fits(x, noise, len(found)):
         return None
-    stds = [scheduler._levels[index] for index in found]
+    stds = [scheduler._sigma_values[index] for index in found]
     signals = [1.0] * len(stds)
     if form != "ve":
         flow = form == "flow" or bool(scheduler.config.get("use_flow_sigmas"))

@@ -132,7 +132,7 @@ class IndexedScheduler(Scheduler):
     """
 
     _sigmas: Tensor
-    _levels: list[float]
+    _sigma_values: list[float]
     _step_index: int | None
     _begin_index: int | None
     lower_order_nums: int = 0
@@ -144,7 +144,7 @@ class IndexedScheduler(Scheduler):
     @sigmas.setter
     def sigmas(self, value: Tensor) -> None:
         self._sigmas = value
-        self._levels = [] if value.is_meta else value.tolist()
+        self._sigma_values = [] if value.is_meta else value.tolist()
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         """The table of the steps from index `start` on, and whether the caller is given the data prediction."""
