@@ -53,7 +53,7 @@ class DPMSolverSDEScheduler(TwoCallScheduler, Theirs):
     ) -> DPMSolverSDESchedulerOutput | tuple[Tensor, Tensor]:
         """The state at the next timestep, and the data prediction."""
         if s_noise != self._s_noise and 0.0 <= s_noise <= _MOST_NOISE:
-            self._change_noise(float(s_noise))
+            self._s_noise, self._run = float(s_noise), None
         due = self._due(timestep, sample, model_output) if s_noise == self._s_noise else None
         if due is None:
             return Theirs.step(self, model_output, timestep, sample, return_dict, s_noise)
@@ -71,13 +71,6 @@ class DPMSolverSDEScheduler(TwoCallScheduler, Theirs):
         self.sample, self.mid_point_sigma = (sample, span[1]) if between else (None, None)
         self._step_index += 1
         return DPMSolverSDESchedulerOutput(x, data) if return_dict else (x, data)
-
-    def _change_noise(self, s_noise: float) -> None:
-        """The table of another s_noise; what the first call of a step left stays."""
-        past, self._s_noise = self._run, s_noise
-        if past is not None:
-            self._run = None
-            self._begin(0).anchor = past.anchor
 
     def _grow_tree(self, sample: Tensor) -> None:
         levels = [level for level in self.sigmas.tolist() if level > 0.0]
