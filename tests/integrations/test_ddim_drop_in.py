@@ -70,6 +70,20 @@ def test_any_timestep_in_any_order(schedule):
             assert relative(results[1], results[0]) < 1e-5, time
 
 
+def test_the_noise_of_short_steps():
+    """Of one timestep each, whose variance diffusers has with four digits: the same ones here."""
+    ours, theirs = pair(NAME)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(1000)
+    for time in range(1, 20):
+        states = []
+        for scheduler in (theirs, ours):
+            generator = torch.Generator().manual_seed(time)
+            states.append(scheduler.step(x, time, x, eta=1.0, generator=generator).prev_sample)
+        assert relative(states[1], states[0]) < 3e-7, time
+
+
 def test_other_noise():
     ours, theirs = pair(NAME)
     x, noise = torch.randn(SHAPE), torch.randn(SHAPE)
