@@ -66,6 +66,7 @@ def test_the_step_without_signal_alone_is_left_to_diffusers(monkeypatch, name):
         scheduler.step(x, scheduler.timesteps[0], x)
     for t in scheduler.timesteps[1:]:
         scheduler.step(x, t, x)
+    assert max(len(found.rows) for found in scheduler._lookups.values()) == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
