@@ -81,6 +81,30 @@ def test_a_timestep_beside_the_index(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_steps_says_which_is_the_last(name):
+    ours, theirs = pair(name)
+    x = torch.randn(SHAPE)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(6)
+        scheduler.num_inference_steps = 2
+    for index in range(3):
+        results = []
+        for scheduler in (ours, theirs):
+            generator = torch.Generator().manual_seed(index)
+            results.append(
+                scheduler.step(0.3 * x, scheduler.timesteps[index], x, generator=generator, return_dict=False)
+            )
+        for our, their in zip(*results, strict=True):
+            torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5)
+
+
+def test_lcm_scaling():
+    """It matters at the first timesteps alone."""
+    options = {"timesteps": [900, 3, 1, 0]}
+    assert_parity("LCMScheduler", {"timestep_scaling": 0.3}, steps=None, set_options=options)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_errors(name):
     x = torch.randn(SHAPE)
     for scheduler in pair(name):

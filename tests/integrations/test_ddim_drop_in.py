@@ -20,6 +20,7 @@ CONFIGS = {
     "zero snr, v": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
     "zero snr, sample": {"rescale_betas_zero_snr": True, "prediction_type": "sample", "timestep_spacing": "trailing"},
     "zero snr, epsilon": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    "threshold, not the clip": {"thresholding": True, "clip_sample_range": 3.0},
     "threshold": {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.8},
 }
 INVERSES = {
@@ -68,6 +69,32 @@ def test_any_timestep_in_any_order(schedule):
                 generator = torch.Generator().manual_seed(number)
                 results.append(scheduler.step(network(x, t), t, x, eta=0.8, generator=generator, return_dict=False)[0])
             assert relative(results[1], results[0]) < 1e-5, time
+
+
+def test_the_noise_of_short_steps():
+    """Of one timestep each, whose variance diffusers has with four digits: the same ones here."""
+    ours, theirs = pair(NAME)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(1000)
+    for time in range(1, 20):
+        states = []
+        for scheduler in (theirs, ours):
+            generator = torch.Generator().manual_seed(time)
+            states.append(scheduler.step(x, time, x, eta=1.0, generator=generator).prev_sample)
+        assert relative(states[1], states[0]) < 3e-7, time
+
+
+def test_a_timestep_with_a_dimension():
+    """It is a factor with a dimension in diffusers, and so makes float32 of half precision."""
+    x = torch.randn(SHAPE).half()
+    results = []
+    for scheduler in pair(NAME):
+        scheduler.set_timesteps(5)
+        results.append(scheduler.step(0.3 * x, scheduler.timesteps[1:2], x, return_dict=False))
+    for our, their in zip(*results, strict=True):
+        assert our.dtype == their.dtype == torch.float32
+        assert relative(our, their) < 1e-5
 
 
 def test_other_noise():

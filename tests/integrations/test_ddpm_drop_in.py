@@ -20,6 +20,7 @@ CONFIGS = {
     "zero snr, sample": {"rescale_betas_zero_snr": True, "prediction_type": "sample", "timestep_spacing": "trailing"},
     "zero snr, epsilon": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     "threshold": {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.8},
+    "threshold, not the clip": {"thresholding": True, "clip_sample_range": 3.0},
     "threshold below one": {"thresholding": True, "sample_max_value": 0.7},
 }
 SPACINGS = ("leading", "trailing", "linspace")

@@ -55,6 +55,20 @@ def test_no_step_is_left_to_diffusers_and_none_waits(monkeypatch, name, config, 
             scheduler.step(m, t, x, **options)
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_the_step_without_signal_alone_is_left_to_diffusers(monkeypatch, name):
+    """epsilon says nothing of the data there: diffusers divides by zero, and clips."""
+    scheduler = getattr(drop_in, name)(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler.set_timesteps(5)
+    monkeypatch.setattr(getattr(diffusers, name), "step", None)
+    x = torch.randn(SHAPE)
+    with pytest.raises(TypeError):
+        scheduler.step(x, scheduler.timesteps[0], x)
+    for t in scheduler.timesteps[1:]:
+        scheduler.step(x, t, x)
+    assert max(len(found.rows) for found in scheduler._lookups.values()) == 4
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name):
     ours, theirs = pair(name)

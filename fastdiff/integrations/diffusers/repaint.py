@@ -22,7 +22,6 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
     _method = "ddim"
     betas: Tensor
     eta: float
-    _made_anew: tuple[Tensor, int, Tensor] | None = None
     _forward: tuple[Tensor, dict[torch.device, Tensor]] | None = None
 
     def _step(self, key: int, options: Any) -> Step:
@@ -53,21 +52,10 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
         kept = {
             "known": original_image.expand(sample.shape).contiguous(),
             "known_noise": noise,
-            "mask": self._anew(mask, sample),
+            "mask": _made_anew(mask, sample),
         }
         x, data = self._take(found, sample, model_output, original_image, mask, noise=noise, **kept)
         return RePaintSchedulerOutput(prev_sample=x, pred_original_sample=data) if return_dict else (x, data)
-
-    def _anew(self, mask: Tensor, sample: Tensor) -> Tensor:
-        """1 - mask, as the operator wants it; made once for a mask that comes back in every step."""
-        # A tensor of inference mode does not count its changes.
-        version = -1 if mask.is_inference() else mask._version
-        kept = self._made_anew
-        if version < 0 or kept is None or kept[0] is not mask or kept[1] != version or kept[2].dim() != sample.dim():
-            shape = (1,) * (sample.dim() - mask.dim()) + tuple(mask.shape)
-            anew = (1.0 - mask.float()).reshape(shape).expand(*shape[:2], *sample.shape[2:]).contiguous()
-            kept = self._made_anew = (mask, version, anew)
-        return kept[2]
 
     def undo_step(self, sample: Tensor, timestep: int | Tensor, generator: Any = None) -> Tensor:
         """sqrt(1 - beta) x + sqrt(beta) z for each training timestep of one step of the run."""
@@ -99,6 +87,12 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
             betas = self.betas.double()
             made[device] = torch.stack([(1.0 - betas).sqrt(), betas.sqrt()]).float().to(device)
         return made[device]
+
+
+def _made_anew(mask: Tensor, sample: Tensor) -> Tensor:
+    """1 - mask, as the operator wants it."""
+    shape = (1,) * (sample.dim() - mask.dim()) + tuple(mask.shape)
+    return (1.0 - mask.float()).reshape(shape).expand(*shape[:2], *sample.shape[2:]).contiguous()
 
 
 def _usable(sample: Tensor, image: Tensor, mask: Tensor) -> bool:
