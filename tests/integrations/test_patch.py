@@ -89,13 +89,16 @@ def test_a_patched_scheduler_goes_on_where_the_other_was(name: str) -> None:
 @pytest.mark.parametrize("name", EXPORTED)
 def test_unpatching_leaves_nothing_of_ours(name: str) -> None:
     theirs = prepared(diffusers, name)
-    pipe = SimpleNamespace(scheduler=prepared(drop_in, name))
+    ours = prepared(drop_in, name)
+    untouched = str(vars(ours))
+    pipe = SimpleNamespace(scheduler=ours)
     fastdiff.unpatch_scheduler(pipe, strict=True)
     assert type(pipe.scheduler) is type(theirs)
     assert set(vars(pipe.scheduler)) == set(vars(theirs))
     assert_same_state(pipe.scheduler, theirs)
     x = start(theirs, SHAPE, torch.float32)
     torch.testing.assert_close(run(pipe.scheduler, x, 2, 3), run(theirs, x, 2, 3), rtol=0.0, atol=0.0)
+    assert str(vars(ours)) == untouched, "ours is left alone"
 
 
 @pytest.mark.parametrize("name", EXPORTED)
