@@ -111,7 +111,7 @@ def test_a_copy_goes_on_in_the_middle_of_a_run(name: str, copied: Any) -> None:
     if copied in UNCOPIED.get(name, ()):
         run(theirs, x, 2, 3)
         with pytest.raises((AttributeError, KeyError, pickle.PicklingError)):
-            copied(theirs)
+            run(copied(theirs), x, 4, 5)
         return
     other = copied(scheduler)
     assert type(other) is type(scheduler)
