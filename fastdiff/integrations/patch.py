@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import get_annotations
+from inspect import get_annotations, signature
 from typing import Any
 
 from fastdiff.errors import InputError
@@ -134,8 +134,9 @@ def _refusal(scheduler: Any, classes: Mapping[type, type], library: str) -> str 
 
 def _converted(scheduler: Any, kind: type) -> Any:
     """A scheduler of another class in the same state; lists and dictionaries are copies."""
-    made: Any = object.__new__(kind)
-    for name in _state(scheduler, kind):
+    known = signature(kind.__init__).parameters  # type: ignore[misc]
+    made: Any = kind(**{key: value for key, value in scheduler.config.items() if key in known})
+    for name in _state(scheduler, made):
         value = getattr(scheduler, name)
         setattr(made, name, value.copy() if type(value) in (list, dict) else value)
     if "lower_order_nums" in vars(made):
@@ -144,15 +145,13 @@ def _converted(scheduler: Any, kind: type) -> Any:
     return made
 
 
-def _state(scheduler: Any, kind: type) -> list[str]:
-    """The attributes that a scheduler of class `kind` takes over."""
-    held = list(vars(scheduler))
-    if issubclass(kind, type(scheduler)):
-        return held
-    own = vars(kind.from_config(scheduler.config))  # type: ignore[attr-defined]
+def _state(scheduler: Any, made: Any) -> list[str]:
+    """The attributes that a new scheduler takes over: all but those that fastdiff's classes add for themselves."""
+    held, new = vars(scheduler), vars(made)
     bases = [base for base in type(scheduler).__mro__ if base.__module__.startswith("fastdiff.")]
     ours = {name for base in bases for name in (*vars(base), *get_annotations(base)) if name.startswith("_")}
-    return [*own, *(name for name in held if name not in own and name not in ours)]
+    names = [name for name in held if name in new or name not in ours]
+    return names + [name for name in new if name not in held and hasattr(type(scheduler), name)]
 
 
 def _set(owner: Any, name: str, scheduler: Any) -> None:
