@@ -85,7 +85,9 @@ def test_shapes_and_float64(name, shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CLASSES)
 def test_half(name, dtype):
-    assert_close_in_half(name, {}, dtype)
+    for config in ({}, {"thresholding": True}, {"use_karras_sigmas": True}):
+        if all(key in getattr(diffusers, name)().config for key in config):
+            assert_close_in_half(name, {**config, **orders(name, 3)}, dtype)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])

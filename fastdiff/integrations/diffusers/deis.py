@@ -21,6 +21,6 @@ class DEISMultistepScheduler(MultistepScheduler, diffusers.DEISMultistepSchedule
         """The state at the next timestep, in the common dtype of `sample` and `model_output`."""
         due = self._due(model_output, timestep, sample)
         if due is None:
-            return self._solver.theirs.step(self, model_output, timestep, sample, return_dict)
+            return self._left(model_output, timestep, sample, return_dict)
         x = self._move(due, dtype=due.promoted)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -31,9 +31,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler, diffusers.DPMSolverMultist
         """The state at the next timestep, in the dtype of the converted `model_output`."""
         due = self._due(model_output, timestep, sample)
         if due is None:
-            return self._solver.theirs.step(
-                self, model_output, timestep, sample, generator, variance_noise, return_dict
-            )
+            return self._left(model_output, timestep, sample, generator, variance_noise, return_dict)
         noise = None
         if self._draws:
             given = draw(due.model_output, generator, torch.float32) if variance_noise is None else variance_noise
@@ -60,9 +58,7 @@ class DPMSolverMultistepInverseScheduler(MultistepScheduler, diffusers.DPMSolver
         """The state at the next timestep, in the common dtype of `sample` and `model_output`."""
         due = self._due(model_output, timestep, sample)
         if due is None:
-            return self._solver.theirs.step(
-                self, model_output, timestep, sample, generator, variance_noise, return_dict
-            )
+            return self._left(model_output, timestep, sample, generator, variance_noise, return_dict)
         dtype, noise = due.promoted, None
         if self._draws:
             noise = draw(due.model_output, generator, dtype) if variance_noise is None else variance_noise

@@ -29,7 +29,7 @@ class EDMDPMSolverMultistepScheduler(MultistepScheduler, diffusers.EDMDPMSolverM
         """The state at the next timestep, in the common dtype of `sample` and `model_output`."""
         due = self._due(model_output, timestep, sample)
         if due is None:
-            return self._solver.theirs.step(self, model_output, timestep, sample, generator, return_dict)
+            return self._left(model_output, timestep, sample, generator, return_dict)
         dtype = due.promoted
         noise = draw(due.model_output, generator, dtype) if self._draws else None
         x = self._move(due, noise=noise, dtype=dtype)

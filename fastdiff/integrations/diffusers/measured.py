@@ -39,9 +39,13 @@ from fastdiff.schedules import Array
 KEPT_TABLES = 64
 HISTORY = ("hist1", "hist2", "hist3")
 _COLUMNS = ("x", "q", "anchor", *HISTORY, "noise", "last_noise")
-_FAULTS = (AssertionError, RuntimeError, UnboundLocalError)
+_FAULTS = (AssertionError, IndexError, RuntimeError, UnboundLocalError)
 """What the steps of diffusers end in where it has no such step."""
+_TERMS = ("x", "anchor"), ("q", *HISTORY)
+# Of a state, of an output, and of the network's in the data: with larger factors a result of size 1 is a difference of
+# terms whose roundings, which are not diffusers', come near to 1e-5 of it.
 _MOST_GROWTH = 3.0
+_MOST_WEIGHT = 10.0
 _MOST_GROWTH_OF_DATA = 30.0
 _kept: dict[Hashable, Measured] = {}
 
@@ -145,7 +149,7 @@ class _Probe:
         probe.__dict__.update({**vars(scheduler), **settings})
         probe.timesteps, probe.sigmas = scheduler.timesteps, scheduler.sigmas.cpu()
         probe.lower_order_nums, probe._step_index = 0, start
-        units = torch.eye(len(_COLUMNS), dtype=torch.float64).unsqueeze(1)
+        units = torch.eye(len(_COLUMNS), dtype=torch.float64, device="cpu").unsqueeze(1)
         self._units = dict(zip(_COLUMNS, units, strict=True))
         self.solver, self._probe, self._start = solver, probe, start
         self._times, self._outputs = scheduler._times, len(scheduler.model_outputs)
@@ -192,14 +196,16 @@ class _Probe:
         keeps = solver.anchor is not None and getattr(probe, solver.anchor) is units["x"]
         correction = None if self._correction is None else _coefficients(self._correction, readable, "anchor")
         coefficients = _coefficients(moved, readable, "x")
-        growth = max(abs(coefficients.get(name, 0.0)) for name in ("x", "anchor"))
-        exact = growth < _MOST_GROWTH and not (bounded and abs(linear.x) > _MOST_GROWTH_OF_DATA)
+        state, outputs = (max(abs(coefficients.get(name, 0.0)) for name in names) for names in _TERMS)
+        exact = (
+            state < _MOST_GROWTH and outputs < _MOST_WEIGHT and not (bounded and abs(linear.x) > _MOST_GROWTH_OF_DATA)
+        )
         return _Step(linear, bounded, q, coefficients, correction, keeps, exact)
 
     def _conversion(self) -> tuple[Linear, Coefficients, bool]:
         """D before it is bounded, q in x and D, and whether D is bounded."""
         # Three columns, since of a network with variances theirs takes the first three.
-        x, m, data = torch.eye(3, dtype=torch.float64).unsqueeze(1)
+        x, m, data = torch.eye(3, dtype=torch.float64, device="cpu").unsqueeze(1)
         before: list[Tensor] = []
 
         def threshold(value: Tensor) -> Tensor:

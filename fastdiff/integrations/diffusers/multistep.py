@@ -73,6 +73,17 @@ class MultistepScheduler(IndexedScheduler):
             return None
         return _Due(run, row, model_output, sample)
 
+    def _left(self, model_output: Tensor, timestep: Any, sample: Tensor, *options: Any) -> Any:
+        """The step that diffusers itself takes, from what it would have kept: in its dtype, where ours is float32.
+
+        options   the other arguments of its `step`, in their order
+        """
+        dtype, anchor = torch.promote_types(sample.dtype, model_output.dtype), self._anchor()
+        self.model_outputs = [None if output is None else output.to(dtype) for output in self.model_outputs]
+        if anchor is not None:
+            self._keep(anchor.to(sample.dtype))
+        return self._solver.theirs.step(self, model_output, timestep, sample, *options)
+
     def _move(self, due: _Due, *, noise: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """x' in `dtype`, or in that of the converted output where it is None; the state moves on as diffusers' does."""
         run, row, model_output, sample = due

@@ -75,7 +75,7 @@ class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
         """The state at the next timestep, in the dtype of `sample`."""
         due = self._due(model_output, timestep, sample)
         if due is None:
-            return self._solver.theirs.step(self, model_output, timestep, sample, generator, return_dict)
+            return self._left(model_output, timestep, sample, generator, return_dict)
         self.last_noise = draw(due.model_output, generator)
         x = self._move(due, noise=self.last_noise, dtype=sample.dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)

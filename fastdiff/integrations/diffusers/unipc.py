@@ -47,6 +47,6 @@ class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepSchedu
         """The state at the next timestep, in the dtype of `sample`."""
         due = self._due(model_output, timestep, sample)
         if due is None:
-            return self._solver.theirs.step(self, model_output, timestep, sample, return_dict)
+            return self._left(model_output, timestep, sample, return_dict)
         x = self._move(due, dtype=sample.dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
