@@ -169,12 +169,21 @@ class _Step:
 
 
 def adams_rows(
-    problem: Problem, predict: str, orders: Sequence[Orders], tau: Callable[[Point], float] = lambda _: 0.0
+    problem: Problem,
+    predict: str,
+    orders: Sequence[Orders],
+    tau: Callable[[Point], float] = lambda _: 0.0,
+    *,
+    s_noise: float = 1.0,
+    pece: bool = False,
 ) -> Iterator[Row]:
     """One row a step. With x_c = anchor + corrector[0] f, or x where nothing is corrected, a row takes x_c to the
     prediction of the next state and to the part of its correction that is known already: the next anchor.
 
     f is computed from x, the prediction. A step to sigma' = 0 is of order 1 and adds no noise.
+
+    s_noise   the noise is multiplied by it
+    pece      whether f is computed again, from x_c: a corrected step has a row more, which takes x to x_c
     """
     points, data = problem.points(), predict == "data"
     steps = [_step(points[: i + 2], data, order, tau(points[i])) for i, order in enumerate(orders)]
@@ -185,9 +194,12 @@ def adams_rows(
         values = [f, {"hist1": 1.0}, {"hist2": 1.0}, {"hist3": 1.0}]
         if i > 0 and steps[i - 1].corrector:
             state = _sum([(1.0, {"anchor": 1.0}), (steps[i - 1].corrector[0], f)])
+            if pece:
+                yield make_row(problem, start, state, to=start)
+                state = {"x": 1.0}
         else:
             state = {"x": 1.0}
-        moved = [(step.carry, state), (step.noise, {"noise": 1.0})]
+        moved = [(step.carry, state), (step.noise * s_noise, {"noise": 1.0})]
         new_x = _sum([*moved, (step.data, {"D": 1.0}), *zip(step.predictor, values, strict=False)])
         known = _sum([*moved, *zip(step.corrector[1:], values, strict=False)]) if step.corrector else None
         read = any(later.history >= 1 + k for k, later in enumerate(steps[i + 1 :]))

@@ -12,7 +12,7 @@ from fastdiff.samplers.table import MethodInfo, Row, StepTable, choice, flag, ma
 from fastdiff.samplers.terms import ADAMS_BASHFORTH, epsilon, lagrange_weights, multistep
 
 WEIGHTS = ("exact", "published")
-_Weights = Callable[[Sequence[Point], Point], tuple[float, ...]]
+Weights = Callable[[Sequence[Point], Point], tuple[float, ...]]
 
 
 def ipndm(problem: Problem, *, order: int = 4, lower_order_final: bool = True, first_data: bool = True) -> StepTable:
@@ -31,7 +31,8 @@ def ipndm(problem: Problem, *, order: int = 4, lower_order_final: bool = True, f
     whole("ipndm", "order", order, 1, 4)
     flag("ipndm", "lower_order_final", lower_order_final)
     flag("ipndm", "first_data", first_data)
-    return make_table("ipndm", problem, _rows(problem, order, lower_order_final, weights, first_data))
+    orders = _orders(problem, order, lower_order_final)
+    return make_table("ipndm", problem, adams_bashforth_rows(problem, orders, weights, first_data=first_data))
 
 
 def ipndm_v(problem: Problem, *, order: int = 4, lower_order_final: bool = True, weights: str = "exact") -> StepTable:
@@ -45,13 +46,18 @@ def ipndm_v(problem: Problem, *, order: int = 4, lower_order_final: bool = True,
     """
     whole("ipndm_v", "order", order, 1, 4)
     flag("ipndm_v", "lower_order_final", lower_order_final)
-    made: _Weights = _exact if choice("ipndm_v", "weights", weights, WEIGHTS) == "exact" else _published
-    return make_table("ipndm_v", problem, _rows(problem, order, lower_order_final, made, True))
+    made: Weights = exact_weights if choice("ipndm_v", "weights", weights, WEIGHTS) == "exact" else _published
+    return make_table(
+        "ipndm_v", problem, adams_bashforth_rows(problem, _orders(problem, order, lower_order_final), made)
+    )
 
 
-def _rows(problem: Problem, order: int, lower_order_final: bool, weights: _Weights, first_data: bool) -> Iterator[Row]:
+def adams_bashforth_rows(
+    problem: Problem, orders: Sequence[int], weights: Weights, *, first_data: bool = True
+) -> Iterator[Row]:
+    """The step of `ipndm`, whose b_j are weights(the points of the epsilon_j, the end of the step); their number is the
+    step's order."""
     points = problem.points()
-    orders = [_order(points, i, order, lower_order_final) for i in range(problem.grid.steps)]
     for i, (start, end) in enumerate(pairwise(points)):
         newest = [points[i - j] for j in range(orders[i])]
         noise = epsilon(problem, start)
@@ -61,13 +67,13 @@ def _rows(problem: Problem, order: int, lower_order_final: bool, weights: _Weigh
         yield make_row(problem, start, new_x, to=end, history=noise if any(n > 1 for n in orders[i + 1 :]) else None)
 
 
-def _order(points: Sequence[Point], i: int, order: int, lower_order_final: bool) -> int:
-    if i == 0 or (lower_order_final and points[i + 1].sigma == 0.0):
-        return 1
-    return min(order, i + 1)
+def _orders(problem: Problem, order: int, lower_order_final: bool) -> list[int]:
+    ends = problem.points()[1:]
+    return [1 if lower_order_final and end.sigma == 0.0 else min(order, i + 1) for i, end in enumerate(ends)]
 
 
-def _exact(points: Sequence[Point], end: Point) -> tuple[float, ...]:
+def exact_weights(points: Sequence[Point], end: Point) -> tuple[float, ...]:
+    """The integrals of the Lagrange polynomials in r = sigma / alpha, over the length of the step."""
     # A slope at r = inf says nothing about the polynomial in r.
     nodes = [point.ratio for point in points if math.isfinite(point.ratio)]
     return lagrange_weights(nodes, end.ratio) if nodes else (1.0,)

@@ -20,6 +20,7 @@ def sa_solver(
     predict: str = "data",
     simplified: bool = True,
     lower_order_final: bool = True,
+    pece: bool = False,
 ) -> StepTable:
     """x' = (sigma'/sigma) e^(-tau^2 h) x_c + k alpha' int e^(-k(lambda'-l)) P dl + sigma' sqrt(1 - e^(-2 tau^2 h)) z.
 
@@ -36,6 +37,7 @@ def sa_solver(
     simplified        where P is a line and predicts data, the integral of its slope term takes h^2/2 for
                       int e^(-k(lambda'-l)) (l - lambda) dl, as the authors' code and diffusers do
     lower_order_final   the predictor's order is at most the number of steps left, the corrector's one more
+    pece                whether D' is computed again from x_c', for the steps after: two network calls a step
 
     With predict="noise" and tau > 0 the fresh noise changes epsilon from step to step, which large steps multiply: it
     wants 50 steps or more.
@@ -49,6 +51,7 @@ def sa_solver(
     choice("sa_solver", "predict", predict, PREDICTS)
     flag("sa_solver", "simplified", simplified)
     flag("sa_solver", "lower_order_final", lower_order_final)
+    flag("sa_solver", "pece", pece)
     times, ratios = _range("tau_timesteps", tau_timesteps), _range("tau_ratios", tau_ratios)
     steps = problem.grid.steps
 
@@ -63,7 +66,7 @@ def sa_solver(
         predictor = min(predictor_order, left, i + 1)
         corrector = min(corrector_order, left + 1, i + 2) if i + 1 < steps else 0
         orders.append(Orders(predictor, corrector, half))
-    return make_table("sa_solver", problem, adams_rows(problem, predict, orders, tau_at))
+    return make_table("sa_solver", problem, adams_rows(problem, predict, orders, tau_at, pece=pece))
 
 
 def _range(name: str, value: Any) -> tuple[float, float]:
@@ -93,6 +96,7 @@ INFO = MethodInfo(
         "predict": "data",
         "simplified": True,
         "lower_order_final": True,
+        "pece": False,
     },
     diffusers={
         "spacing": "linspace",

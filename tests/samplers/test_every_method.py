@@ -28,7 +28,7 @@ BELOW = {"zero_terminal_snr-below": 40.0, "flow-below": 0.97}
 # LCM's scalings keep a share of the noise by design.
 OPTIONS = {"lcm": {"timestep_scaling": None}}
 # Methods that return to noisier levels on their way.
-RETURNING = {"restart", "repaint"}
+RETURNING = {"restart", "repaint", "heunpp2"}
 # Methods that go from the data to the noise.
 INVERSE = {name for name, info in samplers.methods().items() if info.inverse}
 PAIRS = [

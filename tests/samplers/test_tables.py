@@ -197,6 +197,7 @@ def rows_of(info: samplers.MethodInfo, steps: int) -> int:
         "pndm": 3 * min(3, steps - 1),
         "plms": min(1, steps - 1),
         "restart": 18 * min(1, steps - 1),
+        "heunpp2": -min(1, steps - 1),
     }
     return info.evaluations_per_step * (steps - 1) + 1 + extra.get(info.name, 0)
 
