@@ -43,7 +43,7 @@ def _rows(problem: Problem, eta: float, s_noise: float) -> Iterator[Row]:
 
 INFO = MethodInfo(
     name="res_multistep",
-    paper="Zhang et al. 2023, Improved Order Analysis and Design of Exponential Integrator for Diffusion Models Sampling",
+    paper="Zhang et al. 2023, Improved Order Analysis and Design of Exponential Integrator for Diffusion Models",
     order=2,
     stochastic=False,
     evaluations_per_step=1,

@@ -3,9 +3,9 @@
 Gonzalez et al. 2023, "SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models", for the
 data prediction. Between lambda_a and lambda_b, l = lambda_b - lambda_a and k = 1 + eta, the SDE's exact solution is
 
-    x_b = (sigma_b/sigma_a) e^(-eta l) x_a + k alpha_b int e^(-k (lambda_b - l)) D dl + sigma_b n z, n^2 = 1 - e^(-2 eta l),
+    x_b = (sigma_b/sigma_a) e^(-eta l) x_a + k alpha_b int e^(-k (lambda_b - l)) D dl + sigma_b n z,
 
-and the noise of a step is that of its parts, one after the other.
+n^2 = 1 - e^(-2 eta l), and the noise of a step is that of its parts, one after the other.
 """
 
 import math
@@ -48,8 +48,8 @@ def seeds_3(
 ) -> StepTable:
     """`seeds_2` with a second inner point at lambda + r2 h, reached from x, D and D_u with the weights of "heun":
 
-    x' = (sigma'/sigma) e^(-eta h) x + alpha' (b_1 D + b_2 D_v) + noise, b_2 = k h phi_2(-k h)/r2, D_v that at the second
-    point. Of order 3 without noise, if r2 = 2/3.
+    x' = (sigma'/sigma) e^(-eta h) x + alpha' (b_1 D + b_2 D_v) + noise, b_2 = k h phi_2(-k h)/r2, D_v that at the
+    second point. Of order 3 without noise, if r2 = 2/3.
 
     r1, r2          where the inner points lie, 0 < r1 < r2 < 1; default 1/3 and 2/3
     eta, s_noise    those of `seeds_2`
