@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.integrations.k_diffusion.karras import get_sigmas_exponential, get_sigmas_karras
+from fastdiff.integrations.k_diffusion.sigmas import get_sigmas_exponential, get_sigmas_karras
 
 # Below this a model's lowest level counts as 0.
 SMALLEST = 1e-5
