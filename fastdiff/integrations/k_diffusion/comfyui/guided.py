@@ -44,8 +44,11 @@ def sample_dpmpp_2s_ancestral_cfg_pp(
     run = run_of(model, x, sigmas, extra_args)
     if not run.steps:
         return x
-    made = plans.dpmpp_2s_flow if run.flow else plans.dpmpp_2s
-    plan = made(run.levels, eta, run.scaled(s_noise))
+    scaled = run.scaled(s_noise)
+    if run.flow:
+        plan = plans.dpmpp_2s_flow(run.levels, eta, scaled)
+    else:
+        plan = plans.dpmpp_2s(run.levels, sigmas.dtype, eta, scaled)
     draw = run.at_the_end(plan, run.noise(noise_sampler)) if eta > 0.0 or not run.flow else None
     return _sample(run, plan, callback, disable, draw)
 
@@ -75,7 +78,7 @@ def sample_res_multistep_ancestral_cfg_pp(
     run = run_of(model, x, sigmas, extra_args)
     if not run.steps:
         return x
-    plan = plans.res_multistep(run.levels, eta, run.scaled(s_noise))
+    plan = plans.res_multistep(run.levels, sigmas.dtype, eta, run.scaled(s_noise))
     return _sample(run, plan, callback, disable, run.at_the_end(plan, run.noise(noise_sampler)))
 
 

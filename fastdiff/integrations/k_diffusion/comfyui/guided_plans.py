@@ -11,9 +11,12 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 
+import torch
+
 from fastdiff.integrations.k_diffusion.comfyui.ancestral import Descent, at_level, inner_level
 from fastdiff.integrations.k_diffusion.comfyui.plans import Levels, cached, plan_of, problem_of
 from fastdiff.integrations.k_diffusion.loop import Plan
+from fastdiff.integrations.k_diffusion.plans import split_in
 from fastdiff.ops.row import NEW_HISTORY
 from fastdiff.samplers.euler import ancestral_step
 from fastdiff.samplers.exponential import Data, corrections, log_ratio
@@ -42,12 +45,12 @@ def euler(levels: Levels, flow: bool, eta: float, s_noise: float) -> Plan:
 
 
 @cached
-def dpmpp_2s(levels: Levels, eta: float, s_noise: float) -> Plan:
+def dpmpp_2s(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float) -> Plan:
     """DPM-Solver++ 2S with U for D from s to `down`, and then up s_noise z + D - U, D and U those of the first call."""
 
     def rows(problem: Problem) -> Iterator[Row]:
         for start, end in pairwise(problem.points()):
-            down, up = ancestral_step(start.ratio, end.ratio, eta)
+            down, up = split(start.ratio, end.ratio)
             if down == 0.0:
                 yield make_row(problem, start, {"D": 1.0, "noise": up * s_noise}, to=end)
                 continue
@@ -58,7 +61,7 @@ def dpmpp_2s(levels: Levels, eta: float, s_noise: float) -> Plan:
             last = {"hist1": 1.0, "anchor": 1.0 - q, "noise": up * s_noise}
             yield make_row(problem, middle, last, to=end)
 
-    problem = problem_of(levels)
+    problem, split = problem_of(levels), split_in(dtype, eta)
     return plan_of(make_table("dpmpp_2s_cfg_pp", problem, rows(problem)), levels, 2, data=False)
 
 
@@ -101,13 +104,13 @@ def dpmpp_2m(levels: Levels) -> Plan:
 
 
 @cached
-def res_multistep(levels: Levels, eta: float, s_noise: float) -> Plan:
+def res_multistep(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float) -> Plan:
     """`fastdiff.samplers.res_multistep` from x + D - U, with U for D; the first step is `euler`'s."""
 
     def rows(problem: Problem) -> Iterator[Row]:
         earlier = 0.0
         for i, (start, end) in enumerate(pairwise(problem.points())):
-            down, up = ancestral_step(start.ratio, end.ratio, eta)
+            down, up = split(start.ratio, end.ratio)
             step, length = Data.propagate(start, 1.0, down), log_ratio(start.ratio, down)
             noise = {"noise": up * s_noise}
             if down == 0.0 or i == 0:
@@ -121,7 +124,7 @@ def res_multistep(levels: Levels, eta: float, s_noise: float) -> Plan:
             yield make_row(problem, start, new_x, to=end, history={"anchor": 1.0})
             earlier = length
 
-    problem = problem_of(levels)
+    problem, split = problem_of(levels), split_in(dtype, eta)
     return plan_of(make_table("res_multistep_cfg_pp", problem, _but_last(rows(problem))), levels, promotes=True)
 
 

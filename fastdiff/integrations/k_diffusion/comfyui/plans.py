@@ -7,13 +7,19 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastdiff import samplers, schedules
 from fastdiff.integrations.k_diffusion.loop import Plan
+from fastdiff.integrations.k_diffusion.sigmas import get_ancestral_step
+from fastdiff.ops.row import PREDICTION
 from fastdiff.samplers.adams import Orders, adams_rows
+from fastdiff.samplers.dpm_singlestep import DEFAULT_NODES, between_blocks
 from fastdiff.samplers.er_sde import er_sde as er_sde_rows
+from fastdiff.samplers.exponential import Data
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.problem import Problem
+from fastdiff.samplers.singlestep import Aim, block_rows
 from fastdiff.samplers.table import Row, StepTable, make_row, make_table
 
 Levels = tuple[float, ...]
@@ -21,6 +27,8 @@ Levels = tuple[float, ...]
 _KEPT_PLANS = 64
 # Where ComfyUI sums what others integrate.
 ER_SDE_POINTS, DEIS_POINTS = 200, 10_000
+# A level that rounding takes to 0, where a logarithm of it is taken.
+SMALLEST = 1e-30
 cached = lru_cache(maxsize=_KEPT_PLANS)
 
 
@@ -123,13 +131,44 @@ def sa_solver(
 
 
 @cached
-def unipc(levels: Levels, variant: str, apart: bool) -> Plan:
-    """apart   whether the corrected state has a row of its own, after which the model is not called again"""
-    problem, steps = problem_of(levels), len(levels) - 1
+def dpmpp_sde_on_flow(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float, r: float) -> Plan:
+    """`get_ancestral_step` is rounded as that of exp(logit(s)) is in the dtype of sigmas: from nearly pure noise it goes
+    down to a difference of nearly equal numbers."""
+    problem, counts = problem_of(levels, flow=True), tuple(2 if end else 1 for end in levels[1:])
+
+    def ratio(exact: float) -> torch.Tensor:
+        return torch.tensor(exact / (1.0 + exact), dtype=dtype).logit().exp()
+
+    def split(start: float, end: float) -> tuple[float, float]:
+        if end == 0.0:
+            return 0.0, 0.0
+        down, up = get_ancestral_step(ratio(start), ratio(end), eta)
+        return max(float(down), SMALLEST), float(up)
+
+    aim = Aim(split, s_noise, sde=True)
+    blocks = between_blocks(problem, counts, aim, "midpoint", {**DEFAULT_NODES, 2: (r,)})
+    table = make_table("dpmpp_sde", problem, (row for block in blocks for row in block_rows(problem, block, Data)))
+    return Plan(table, counts, (False,) * len(table), returns_data=levels[-1] == 0.0)
+
+
+@cached
+def unipc(levels: Levels, dtype: torch.dtype, variant: str, apart: bool) -> Plan:
+    """apart   whether the corrected state has a row of its own, after which the model is not called again
+
+    ComfyUI goes by way of sigma / sqrt(1 + sigma^2), in which, in the dtype of sigmas, little is left of a low level:
+    the update and the data prediction are those of the level that is.
+    """
+    sigmas = torch.tensor(levels, dtype=dtype)
+    log_alpha = 0.5 * torch.log(1.0 / (sigmas * sigmas + 1.0))
+    lambdas = log_alpha - 0.5 * torch.log(1.0 - torch.exp(2.0 * log_alpha))
+    problem, steps = problem_of(tuple(lambdas.double().neg().exp().tolist())), len(levels) - 1
     highest, orders = min(3, steps - 1), []
     for i in range(steps):
         p = min(highest, i + 1, steps - i)
         orders.append(Orders(p, 0 if i + 1 == steps else p + 1, variant))
-    table = make_table("unipc", problem, adams_rows(problem, "data", orders, pece=apart))
     counts = tuple(2 if apart and i > 0 else 1 for i in range(steps))
-    return Plan(table, counts, (False,) * len(table))
+    table = make_table("unipc", problem, adams_rows(problem, "data", orders, pece=apart))
+    kept = 1.0 - problem.grid.sigmas[:-1] / np.array(levels[:-1])
+    rows = table.rows.copy()
+    rows[:, PREDICTION] = np.repeat(np.stack([kept, 1.0 - kept], axis=1), counts, axis=0)
+    return Plan(table.with_rows(rows), counts, (False,) * len(table))

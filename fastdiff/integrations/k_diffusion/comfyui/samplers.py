@@ -66,9 +66,7 @@ def sample_lcm(
         bound = noise_clip_std * noise.std()
         return noise.clamp(min=-bound, max=bound)
 
-    return run.sample(
-        plan, callback, disable, draw=run.at_the_end(plan, clipped if noise_clip_std > 0.0 else source)
-    )
+    return run.sample(plan, callback, disable, draw=run.at_the_end(plan, clipped if noise_clip_std > 0.0 else source))
 
 
 def _mix(run: Run, level: float) -> tuple[float, float]:
@@ -232,9 +230,7 @@ def sample_seeds_3(
 
 
 @torch.no_grad()
-def sample_exp_heun_2_x0(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, solver_type="phi_2"
-):
+def sample_exp_heun_2_x0(model, x, sigmas, extra_args=None, callback=None, disable=None, solver_type="phi_2"):
     """The exponential Heun method in the data prediction: SEEDS-2 without noise, whose inner point is the end."""
     return sample_seeds_2(model, x, sigmas, extra_args, callback, disable, 0.0, 0.0, None, 1.0, solver_type)
 

@@ -6,17 +6,19 @@ with "_gpu" on the state's device. k-diffusion's own where `model.conventions` s
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.integrations.k_diffusion import plans as k_plans
 from fastdiff.integrations.k_diffusion import sampling
 from fastdiff.integrations.k_diffusion.comfyui import plans
 from fastdiff.integrations.k_diffusion.comfyui.model import NoiseSampler, conventions
 from fastdiff.integrations.k_diffusion.comfyui.running import Run, run_of
-from fastdiff.integrations.k_diffusion.noise import BrownianTreeNoiseSampler
+from fastdiff.integrations.k_diffusion.noise import BatchedBrownianTree, BrownianTreeNoiseSampler
 from fastdiff.samplers.exponential import SOLVERS
 
 
@@ -182,10 +184,8 @@ def _multistep(
     plan = plans.method(name, run.levels, options, flow=run.flow)
     if not (eta > 0.0 and scaled > 0.0):
         return run.sample(plan, callback, disable)
-    levels = run.sigmas
-    if noise_sampler is None:
-        noise_sampler, levels = _path(run, sigmas, cpu), run.sigmas.cpu() if cpu else run.sigmas
-    made = noise_sampler
+    levels = run.sigmas if noise_sampler else run.sigmas.cpu()
+    made = noise_sampler or _path(run, sigmas, cpu)
 
     def draw(step: int, call: int, dtype: torch.dtype) -> Tensor | None:
         return made(levels[step], levels[step + 1]) if run.levels[step + 1] else None
@@ -211,15 +211,14 @@ def _two_calls(
     if not run.steps:
         return x
     scaled = run.scaled(s_noise)
-    options = {"r": float(r), "eta": float(eta), "s_noise": scaled, "noise": "independent"}
-    plan = plans.method("dpmpp_sde", run.levels, options, flow=run.flow, calls=2)
+    made_by = plans.dpmpp_sde_on_flow if run.flow else k_plans.dpmpp_sde
+    plan = made_by(run.levels, sigmas.dtype, float(eta), scaled, float(r))
     if not (eta > 0.0 and scaled > 0.0):
         return run.sample(plan, callback, disable)
     inner, levels = _inner_levels(run, r), run.sigmas
     if noise_sampler is None:
-        noise_sampler = _path(run, sigmas, cpu)
-        inner, levels = (inner.cpu(), levels.cpu()) if cpu else (inner, levels)
-    made = noise_sampler
+        inner, levels = inner.cpu(), levels.cpu()
+    made = noise_sampler or _path(run, sigmas, cpu)
 
     def draw(step: int, call: int, dtype: torch.dtype) -> Tensor | None:
         if run.levels[step + 1] == 0.0:
@@ -231,16 +230,21 @@ def _two_calls(
 
 def _inner_levels(run: Run, r: float) -> Tensor:
     """r of the way in lambda, rounded as ComfyUI rounds them: a path is told exact times."""
-    half = run.sigmas.logit().neg() if run.flow else run.sigmas.log().neg()
-    inner = half[:-1] + r * (half[1:] - half[:-1])
-    return inner.neg().sigmoid() if run.flow else inner.neg().exp()
+    half = [sigma.logit().neg() if run.flow else sigma.log().neg() for sigma in run.sigmas]
+    inner = [start + r * (end - start) for start, end in pairwise(half)]
+    return torch.stack([level.neg().sigmoid() if run.flow else level.neg().exp() for level in inner])
 
 
 def _path(run: Run, sigmas: Tensor, cpu: bool) -> NoiseSampler:
     """A Brownian path over the caller's levels."""
-    seed = (run.extra_args or {}).get("seed")
-    low, high = sigmas[sigmas > 0].min(), sigmas.max()
-    if not cpu or run.x.device.type == "cpu":
+    seed, ends = (run.extra_args or {}).get("seed"), sigmas.detach().cpu()
+    low, high = ends[ends > 0].min(), ends.max()
+    if not cpu:
         return BrownianTreeNoiseSampler(run.x, low, high, seed=seed)
-    path = BrownianTreeNoiseSampler(run.x.detach().cpu(), low.cpu(), high.cpu(), seed=seed)
-    return lambda sigma, sigma_next: path(sigma, sigma_next).to(run.x.device)
+    tree = BatchedBrownianTree(run.x.detach().cpu(), low, high, seed)
+
+    def noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        change: Tensor = tree(sigma.float(), sigma_next.float())
+        return change.to(run.x.device, sigma.dtype) / (sigma_next - sigma).abs().sqrt().item()
+
+    return noise

@@ -31,7 +31,7 @@ def sample_uni_pc(model, noise, sigmas, extra_args=None, callback=None, disable=
         run = run_of(model, noise, sigmas, extra_args)
     if run.steps == 1:
         return _one_step(run, callback)
-    plan = plans.unipc(run.levels, variant, callback is not None)
+    plan = plans.unipc(run.levels, sigmas.dtype, variant, callback is not None)
     rows, s_in, x, row = Rows(plan.table, noise.device), noise.new_ones([noise.shape[0]]), noise, 0
     last = run.steps - 1
     for i in trange(run.steps, disable=disable):
