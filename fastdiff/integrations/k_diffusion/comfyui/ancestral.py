@@ -1,7 +1,7 @@
 """Plans of ancestral samplers on a flow, x = (1 - sigma) x_0 + sigma epsilon: Euler, DPM-Solver-2 and DPM-Solver++ 2S.
 
-A step goes down to d = s' (1 + eta (s'/s - 1)) along the straight line from x to D, is scaled by k = (1 - s')/(1 - d) to
-the signal of s', and noise n = sqrt(s'^2 - (k d)^2) makes up for the rest. Source: ComfyUI's rectified-flow samplers.
+A step goes down to d = s' (1 + eta (s'/s - 1)) along the straight line from x to D, is scaled by k = (1 - s')/(1 - d)
+to the signal of s', and noise n = sqrt(s'^2 - (k d)^2) makes up for the rest. Source: ComfyUI's samplers of flows.
 """
 
 from __future__ import annotations

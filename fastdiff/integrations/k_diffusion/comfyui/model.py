@@ -41,8 +41,8 @@ def noise_scale(sampling: Any) -> float:
 
 
 def noise_source(x: Tensor, extra_args: dict[str, Any] | None) -> NoiseSampler:
-    """(sigma, sigma_next) -> standard normal noise like x: from a generator of the seed in extra_args, on the CPU of the
-    seed plus 1, so that it is not the starting noise again; without a seed from PyTorch's own."""
+    """(sigma, sigma_next) -> standard normal noise like x: from a generator of the seed in extra_args, on the CPU of
+    the seed plus 1, so that it is not the starting noise again; without a seed from PyTorch's own."""
     seed = (extra_args or {}).get("seed")
     if seed is None:
         return lambda sigma, sigma_next: torch.randn_like(x)

@@ -132,8 +132,8 @@ def sa_solver(
 
 @cached
 def dpmpp_sde_on_flow(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float, r: float) -> Plan:
-    """`get_ancestral_step` is rounded as that of exp(logit(s)) is in the dtype of sigmas: from nearly pure noise it goes
-    down to a difference of nearly equal numbers."""
+    """`get_ancestral_step` is rounded as that of exp(logit(s)) is in the dtype of sigmas: from nearly pure noise it
+    goes down to a difference of nearly equal numbers."""
     problem, counts = problem_of(levels, flow=True), tuple(2 if end else 1 for end in levels[1:])
 
     def ratio(exact: float) -> torch.Tensor:

@@ -245,6 +245,6 @@ def _path(run: Run, sigmas: Tensor, cpu: bool) -> NoiseSampler:
 
     def noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
         change: Tensor = tree(sigma.float(), sigma_next.float())
-        return change.to(run.x.device, sigma.dtype) / (sigma_next - sigma).abs().sqrt().item()
+        return change.to(run.x.device, sigma.dtype) / (sigma_next - sigma).abs().sqrt()
 
     return noise

@@ -127,7 +127,7 @@ def churned(
     *,
     always: bool = False,
 ) -> Any:
-    """Karras et al. 2022, algorithm 2, with the steps of `method`; noise is drawn `always` or only where it is added."""
+    """Karras et al. 2022, algorithm 2, with the steps of `method`; noise is drawn `always`, or only where added."""
     setup = run_of(model, x, sigmas, extra_args)
     if not setup.steps:
         return x

@@ -17,10 +17,11 @@ LAST_LEVEL = 0.001
 
 @torch.no_grad()
 def sample_uni_pc(model, noise, sigmas, extra_args=None, callback=None, disable=False, variant="bh1"):
-    """UniPC of order 3, of falling order at the end; variant "bh1" or "bh2". `fastdiff.samplers.unipc` has its formulas.
+    """UniPC of order 3, of falling order at the end; variant "bh1" or "bh2". `fastdiff.samplers.unipc` has its rows.
 
-    The callback is told {'x', 'i', 'denoised'}, x / sqrt(1 + s^2) as x: after the first call, after each correction, and
-    at the end. One step calls the model once and gives the noise back, but for its scale.
+    The callback is told {'x', 'i', 'denoised'}, x / sqrt(1 + s^2) as x: after the first call, after each correction,
+    and at the end. One step calls the model once and gives the noise back, but for its scale. ComfyUI also writes 0.001
+    over the last of the caller's sigmas; here they stay as they are.
     """
     run = run_of(model, noise, sigmas, extra_args)
     if not run.steps:
