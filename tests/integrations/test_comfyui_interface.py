@@ -1,119 +1,23 @@
-"""ComfyUI's names, signatures, callbacks, noise and keywords for the model."""
+"""What ComfyUI's callbacks and models are told, where noise comes from, and what is refused."""
 
 import inspect
 
 import pytest
 import torch
-from comfyui_peer import EPS, SHAPE, Flow, Model, levels_of, noises, ours, sampling_of, start_of
+from comfyui_peer import EPS, SHAPE, STEPPED, Flow, Model, levels_of, noises, ours, sampling_of, start_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.errors import InputError
 from fastdiff.integrations import k_diffusion
-from fastdiff.integrations.k_diffusion import comfyui
 
 # torchsde compares times as float32 and float64 numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:Should have")
-# What ComfyUI lists.
-NAMES = [
-    "euler",
-    "euler_cfg_pp",
-    "euler_ancestral",
-    "euler_ancestral_cfg_pp",
-    "heun",
-    "heunpp2",
-    "exp_heun_2_x0",
-    "exp_heun_2_x0_sde",
-    "dpm_2",
-    "dpm_2_ancestral",
-    "lms",
-    "dpm_fast",
-    "dpm_adaptive",
-    "dpmpp_2s_ancestral",
-    "dpmpp_2s_ancestral_cfg_pp",
-    "dpmpp_sde",
-    "dpmpp_sde_gpu",
-    "dpmpp_2m",
-    "dpmpp_2m_cfg_pp",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_gpu",
-    "dpmpp_2m_sde_heun",
-    "dpmpp_2m_sde_heun_gpu",
-    "dpmpp_3m_sde",
-    "dpmpp_3m_sde_gpu",
-    "ddpm",
-    "lcm",
-    "ipndm",
-    "ipndm_v",
-    "deis",
-    "res_multistep",
-    "res_multistep_cfg_pp",
-    "res_multistep_ancestral",
-    "res_multistep_ancestral_cfg_pp",
-    "gradient_estimation",
-    "gradient_estimation_cfg_pp",
-    "er_sde",
-    "seeds_2",
-    "seeds_3",
-    "sa_solver",
-    "sa_solver_pece",
-    "ddim",
-    "uni_pc",
-    "uni_pc_bh2",
-]
-BETWEEN_ENDS = {"dpm_fast", "dpm_adaptive"}
-CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": float("inf"), "s_noise": 1.0}
-ANCESTRAL = {"eta": 1.0, "s_noise": 1.0, "noise_sampler": None}
-ADAMS = {"predictor_order": 3, "corrector_order": 4}
-OPTIONS = {
-    **dict.fromkeys(("euler", "heun", "dpm_2", "heunpp2", "ddim"), CHURN),
-    **dict.fromkeys(
-        ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu"), ANCESTRAL
-    ),
-    **dict.fromkeys(("euler_ancestral_cfg_pp", "dpmpp_2s_ancestral_cfg_pp"), ANCESTRAL),
-    **dict.fromkeys(("res_multistep_ancestral", "res_multistep_ancestral_cfg_pp"), ANCESTRAL),
-    **dict.fromkeys(("res_multistep", "res_multistep_cfg_pp"), {"s_noise": 1.0, "noise_sampler": None}),
-    **dict.fromkeys(("dpmpp_sde", "dpmpp_sde_gpu"), {**ANCESTRAL, "r": 0.5}),
-    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_gpu"), {**ANCESTRAL, "solver_type": "midpoint"}),
-    **dict.fromkeys(("dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"), {**ANCESTRAL, "solver_type": "heun"}),
-    **dict.fromkeys(("gradient_estimation", "gradient_estimation_cfg_pp"), {"ge_gamma": 2.0}),
-    **dict.fromkeys(("ipndm", "ipndm_v"), {"max_order": 4}),
-    "ddpm": {"noise_sampler": None},
-    "lcm": {"noise_sampler": None, "s_noise": 1.0, "s_noise_end": None, "noise_clip_std": 0.0},
-    "lms": {"order": 4},
-    "deis": {"max_order": 3, "deis_mode": "tab"},
-    "er_sde": {"s_noise": 1.0, "noise_sampler": None, "noise_scaler": None, "max_stage": 3},
-    "seeds_2": {**ANCESTRAL, "r": 0.5, "solver_type": "phi_1"},
-    "seeds_3": {**ANCESTRAL, "r_1": 1 / 3, "r_2": 2 / 3},
-    "exp_heun_2_x0": {"solver_type": "phi_2"},
-    "exp_heun_2_x0_sde": {**ANCESTRAL, "solver_type": "phi_2"},
-    "sa_solver": {
-        **{"tau_func": None, "s_noise": 1.0, "noise_sampler": None},
-        **ADAMS,
-        **{"use_pece": False, "simple_order_2": False},
-    },
-    "sa_solver_pece": {"tau_func": None, "s_noise": 1.0, "noise_sampler": None, **ADAMS, "simple_order_2": False},
-    "uni_pc": {"variant": "bh1"},
-}
 SEEDED = ("euler_ancestral", "ddpm", "lcm", "res_multistep", "seeds_2", "er_sde", "euler_ancestral_cfg_pp", "sa_solver")
 BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde_gpu")
 
 
-def test_every_name_is_found():
-    assert set(comfyui.SAMPLER_NAMES) == set(NAMES)
-    for name in NAMES:
-        assert getattr(k_diffusion, f"sample_{name}") is getattr(comfyui, f"sample_{name}")
-
-
-@pytest.mark.parametrize("name", sorted(set(NAMES) - BETWEEN_ENDS))
-def test_signatures(name):
-    found = inspect.signature(getattr(k_diffusion, f"sample_{name}")).parameters
-    assert list(found)[2:6] == ["sigmas", "extra_args", "callback", "disable"]
-    options = {key: value.default for key, value in list(found.items())[6:]}
-    assert options == OPTIONS.get(name, {})
-
-
 @pytest.mark.parametrize("kind", ["eps", "flow"])
-@pytest.mark.parametrize("name", sorted(set(NAMES) - BETWEEN_ENDS))
+@pytest.mark.parametrize("name", STEPPED)
 def test_what_the_callback_and_the_model_are_told(name, kind):
     sigmas = levels_of(kind, 4)
     found = ours(name, kind, sigmas)
@@ -243,14 +147,15 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["eps", "flow"])
-@pytest.mark.parametrize("name", sorted(set(NAMES) - BETWEEN_ENDS))
+@pytest.mark.parametrize("name", STEPPED)
 def test_nothing_is_read_between_the_first_call_and_the_last(name, kind):
     counts, reads, drawn = [], Reads(), noises()
     options = {"extra_args": {"seed": 3}, "callback": lambda told: counts.append(reads.count), "disable": True}
-    if "noise_sampler" in OPTIONS.get(name, {}):
+    function = getattr(k_diffusion, f"sample_{name}")
+    if "noise_sampler" in inspect.signature(function).parameters:
         options["noise_sampler"] = lambda sigma, sigma_next: next(drawn)
     with reads:
-        getattr(k_diffusion, f"sample_{name}")(Model(sampling_of(kind)), start_of(kind), levels_of(kind, 4), **options)
+        function(Model(sampling_of(kind)), start_of(kind), levels_of(kind, 4), **options)
     assert len(counts) == 4
     assert counts[0] == counts[-1] == reads.count
 
@@ -276,6 +181,6 @@ def test_sa_solver_needs_to_know_the_models_levels():
 
 
 def test_no_step_is_no_change():
-    for name in sorted(set(NAMES) - BETWEEN_ENDS):
+    for name in STEPPED:
         x = start_of("eps")
         assert getattr(k_diffusion, f"sample_{name}")(Model(EPS()), x, torch.tensor([3.0]), disable=True) is x

@@ -13,15 +13,8 @@ from fastdiff.integrations.k_diffusion import comfyui
 from fastdiff.integrations.k_diffusion.comfyui import SCHEDULER_NAMES, calculate_sigmas
 
 NAMES = [
-    "simple",
-    "sgm_uniform",
-    "karras",
-    "exponential",
-    "ddim_uniform",
-    "beta",
-    "normal",
-    "linear_quadratic",
-    "kl_optimal",
+    *("simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal"),
+    *("linear_quadratic", "kl_optimal"),
 ]
 SAMPLINGS = {"eps": EPS(), "flow": Flow()}
 

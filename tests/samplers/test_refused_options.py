@@ -25,6 +25,12 @@ METHODS = (
     "unipc",
     "deis",
     "sa_solver",
+    "gradient_estimation",
+    "heunpp2",
+    "res_multistep",
+    "seeds_2",
+    "seeds_3",
+    "er_sde",
 )
 NUMBERS = ("1", True, math.nan, -1.0, [], {})
 WHOLE = ("2", True, 1.5, 2.0, math.nan, -1, 99, None, [])
@@ -43,21 +49,30 @@ BAD = {
     "tau_timesteps": RANGES,
     "tau_ratios": RANGES,
 }
+COUNTS = ("200", True, 1.5, 200.0, math.nan, -1, 0, [])
+# Where a name means something else than in the other methods.
+OWN = {
+    ("seeds_2", "r"): tuple(value for value in INNER if value != 1.0),
+    ("er_sde", "points"): COUNTS,
+    ("deis", "points"): COUNTS,
+}
 NEEDED = {"r2": {"order": 3}, "evaluations": {"order": 3}}
 OPTIONS = [(method, option) for method in METHODS for option in samplers.methods()[method].options]
 
 
 def bad_values(method: str, option: str) -> tuple:
     default = samplers.methods()[method].options[option]
-    if option in BAD:
+    bad = OWN.get((method, option), BAD.get(option))
+    if bad is not None:
         # None is refused as well where it is not the default, "automatic".
-        return BAD[option] if default is None else (*BAD[option], None)
+        return bad if default is None else (*bad, None)
     return {bool: (*FLAGS, None), int: WHOLE, float: (*NUMBERS, None), str: NAMES}[type(default)]
 
 
 @pytest.mark.parametrize(("method", "option"), OPTIONS)
 def test_methods(method, option):
-    given = {"schedule": VP, "steps": 6, "prediction": "v", **NEEDED.get(option, {})}
+    needed = {k: v for k, v in NEEDED.get(option, {}).items() if k in samplers.methods()[method].options}
+    given = {"schedule": VP, "steps": 6, "prediction": "v", **needed}
     for value in bad_values(method, option):
         with pytest.raises(InputError, match=rf"^{method}: (\w+, )*{option}(, \w+)*: .*"):
             samplers.build(method, **given, **{option: value})
