@@ -14,22 +14,24 @@ from fastdiff.integrations.k_diffusion.comfyui.guided import (
     sample_res_multistep_ancestral_cfg_pp,
     sample_res_multistep_cfg_pp,
 )
-from fastdiff.integrations.k_diffusion.comfyui.samplers import (
-    sample_ddpm,
-    sample_deis,
+from fastdiff.integrations.k_diffusion.comfyui.reverse_sde import (
     sample_er_sde,
     sample_exp_heun_2_x0,
     sample_exp_heun_2_x0_sde,
+    sample_sa_solver,
+    sample_sa_solver_pece,
+    sample_seeds_2,
+    sample_seeds_3,
+)
+from fastdiff.integrations.k_diffusion.comfyui.samplers import (
+    sample_ddpm,
+    sample_deis,
     sample_gradient_estimation,
     sample_ipndm,
     sample_ipndm_v,
     sample_lcm,
     sample_res_multistep,
     sample_res_multistep_ancestral,
-    sample_sa_solver,
-    sample_sa_solver_pece,
-    sample_seeds_2,
-    sample_seeds_3,
 )
 from fastdiff.integrations.k_diffusion.comfyui.sde import (
     sample_dpmpp_2m_sde,
