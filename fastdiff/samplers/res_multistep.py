@@ -16,13 +16,13 @@ def res_multistep(problem: Problem, *, eta: float = 0.0, s_noise: float = 1.0) -
     data prediction of the step before, c = -h_1/h with the h_1 of that step. Without noise it is `dpmpp_2m` with
     solver="heun" and full order to the end. The first step and one to d = 0 are of order 1.
 
-    eta       from 0, no noise, to 1; default 0
+    eta       from 0, no noise; default 0. From 1 up a step may go down to 0
     s_noise   the noise is multiplied by it
 
     Source: Zhang et al. 2023, "Improved Order Analysis and Design of Exponential Integrator for Diffusion Models
     Sampling", the multistep scheme; the noise is ComfyUI's (res_multistep_ancestral).
     """
-    eta = fraction("res_multistep", "eta", eta)
+    eta = fraction("res_multistep", "eta", eta, high=100.0)
     s_noise = fraction("res_multistep", "s_noise", s_noise, high=100.0)
     return make_table("res_multistep", problem, _rows(problem, eta, s_noise))
 
