@@ -53,6 +53,16 @@ def euler_ancestral(f: Predict, z: Draw, x: Tensor, s: Levels, eta: float = 1.0,
     return x
 
 
+def euler_ancestral_exploding(f: Predict, z: Draw, x: Tensor, s: Levels, eta: float) -> Tensor:
+    """Of states x_0 + s epsilon; a step down to 0 adds no noise."""
+    for a, b in pairwise(s):
+        d, u = split(a, b, eta)
+        x = go(x, f(x, a)[0], a, d)
+        if d:
+            x = x + u * z()
+    return x
+
+
 def dpm_2_ancestral(f: Predict, z: Draw, x: Tensor, s: Levels, eta: float = 1.0, s_noise: float = 1.0) -> Tensor:
     for a, b in pairwise(s):
         d, k, n = straight(a, b, eta)
@@ -87,6 +97,9 @@ def dpmpp_2s_ancestral_cfg_pp(
         if not b:
             return data
         d, k, n = straight(a, b, eta) if flow else (split(a, b, eta)[0], 1.0, split(a, b, eta)[1])
+        if not d:
+            x = data + n * s_noise * z()
+            continue
         q = half_way(a, d) if flow else math.sqrt(a * d)
         second = f(go(x, unguided, a, q), q)[1]
         x = k * go(x, second, a, d) + (1.0 - b if flow else 1.0) * (data - unguided)

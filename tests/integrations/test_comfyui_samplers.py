@@ -19,6 +19,11 @@ NODES = {"r": 0.3, "solver_type": "phi_2"}
 # By test id: the sampler, its options, the loop.
 EPS: dict[str, tuple[str, dict, Callable]] = {
     "ddpm": ("ddpm", {"noise": True}, loops.ddpm),
+    "euler_ancestral-1.5": (
+        "euler_ancestral",
+        {"noise": True, "eta": 1.5},
+        partial(loops.euler_ancestral_exploding, eta=1.5),
+    ),
     "lcm": ("lcm", {"noise": True}, loops.lcm),
     "lcm-scaled": (
         "lcm",
@@ -49,6 +54,11 @@ EPS: dict[str, tuple[str, dict, Callable]] = {
     "euler_cfg_pp": ("euler_cfg_pp", {}, partial(loops.euler_ancestral_cfg_pp, eta=0.0)),
     "euler_ancestral_cfg_pp": ("euler_ancestral_cfg_pp", {"noise": True}, loops.euler_ancestral_cfg_pp),
     "dpmpp_2s_ancestral_cfg_pp": ("dpmpp_2s_ancestral_cfg_pp", {"noise": True}, loops.dpmpp_2s_ancestral_cfg_pp),
+    "dpmpp_2s_ancestral_cfg_pp-1.5": (
+        "dpmpp_2s_ancestral_cfg_pp",
+        {"noise": True, "eta": 1.5},
+        partial(loops.dpmpp_2s_ancestral_cfg_pp, eta=1.5),
+    ),
     "dpmpp_2m_cfg_pp": ("dpmpp_2m_cfg_pp", {}, loops.dpmpp_2m_cfg_pp),
     "res_multistep_cfg_pp": ("res_multistep_cfg_pp", {"noise": True}, partial(loops.res_multistep, guided=True)),
     "res_multistep_ancestral_cfg_pp": (

@@ -62,7 +62,8 @@ def dpmpp_2s(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float) -> 
             yield make_row(problem, middle, last, to=end)
 
     problem, split = problem_of(levels), split_in(dtype, eta)
-    return plan_of(make_table("dpmpp_2s_cfg_pp", problem, rows(problem)), levels, 2, data=False)
+    table = make_table("dpmpp_2s_cfg_pp", problem, rows(problem))
+    return Plan(table, tuple(2 if split(r, r1)[0] else 1 for r, r1 in pairwise(levels)), (False,) * len(table))
 
 
 @cached

@@ -11,11 +11,13 @@ import torch
 
 from fastdiff import samplers, schedules
 from fastdiff.integrations.k_diffusion.loop import Plan
+from fastdiff.integrations.k_diffusion.plans import split_in
 from fastdiff.integrations.k_diffusion.sigmas import get_ancestral_step
 from fastdiff.ops.row import PREDICTION
 from fastdiff.samplers.adams import Orders, adams_rows
 from fastdiff.samplers.dpm_singlestep import DEFAULT_NODES, between_blocks
 from fastdiff.samplers.er_sde import er_sde as er_sde_rows
+from fastdiff.samplers.euler import ancestral_rows
 from fastdiff.samplers.exponential import Data
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.problem import Problem
@@ -90,6 +92,19 @@ def lcm(levels: Levels, scales: tuple[tuple[float, float], ...]) -> Plan:
 
     problem = problem_of(levels)
     return plan_of(make_table("lcm", problem, rows(problem)), levels)
+
+
+@cached
+def euler_ancestral(levels: Levels, dtype: torch.dtype, eta: float, s_noise: float) -> Plan:
+    """A step that goes down to 0 adds no noise."""
+    problem, rounded = problem_of(levels), split_in(dtype, eta)
+
+    def split(r: float, r1: float) -> tuple[float, float]:
+        down, up = rounded(r, r1)
+        return (down, up) if down else (0.0, 0.0)
+
+    table = make_table("euler_ancestral", problem, ancestral_rows(problem, split, s_noise))
+    return plan_of(table, levels, promotes=True)
 
 
 def er_sde(levels: Levels, flow: bool, stages: int, s_noise: float, scaling: Callable[[float], float] | None) -> Plan:

@@ -18,6 +18,7 @@ from fastdiff.integrations.k_diffusion.comfyui import ancestral, plans
 from fastdiff.integrations.k_diffusion.comfyui.model import NoiseSampler, conventions, noise_source
 from fastdiff.integrations.k_diffusion.comfyui.running import run_of
 from fastdiff.integrations.k_diffusion.loop import run as run_rows
+from fastdiff.ops.row import NEW_X
 
 
 @torch.no_grad()
@@ -151,9 +152,34 @@ def churned(
 def sample_euler_ancestral(
     model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
 ):
-    """`sampling.sample_euler_ancestral`; on a flow `ancestral.euler`."""
+    """`sampling.sample_euler_ancestral`; on a flow `ancestral.euler`; for ComfyUI a step down to 0 adds no noise."""
     given = (model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler)
-    return _ancestral(sampling.sample_euler_ancestral, ancestral.euler, *given, drawn=eta > 0.0)
+    otherwise = _euler_ancestral if conventions(model, extra_args) else sampling.sample_euler_ancestral
+    return _ancestral(otherwise, ancestral.euler, *given, drawn=eta > 0.0)
+
+
+def _euler_ancestral(
+    model: Any,
+    x: Any,
+    sigmas: Any,
+    extra_args: Any,
+    callback: Any,
+    disable: Any,
+    eta: float,
+    s_noise: float,
+    noise: NoiseSampler,
+) -> Any:
+    setup = run_of(model, x, sigmas, extra_args)
+    if not setup.steps:
+        return x
+    plan = plans.euler_ancestral(setup.levels, sigmas.dtype, eta, s_noise)
+    keeps = (plan.table.rows[:, NEW_X.start] != 0.0).tolist()
+    source = setup.at_the_end(plan, noise)
+
+    def draw(step: int, call: int, dtype: torch.dtype) -> Any:
+        return source(step, call, dtype) if keeps[step] else None
+
+    return setup.sample(plan, callback, disable, draw=draw)
 
 
 @torch.no_grad()
