@@ -214,3 +214,17 @@ def test_unipc(variant, steps):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-9 * float(expected.abs().max()))
         assert len(model.calls) == steps
     assert sigmas[-1] == 0.0
+
+
+@pytest.mark.parametrize(("name", "loop"), [("er_sde", sde.er_sde), ("deis", EPS["deis"][2])])
+def test_sums_have_as_many_points(name, loop):
+    """In float64, where one point more or less shows."""
+    sigmas, x = levels_of("eps", 6).double(), start_of("eps").double()
+    noise = {"noise_sampler": lambda sigma, sigma_next: torch.ones_like(x)} if name == "er_sde" else {}
+    found = getattr(k_diffusion, f"sample_{name}")(Model(Levels()), x, sigmas, disable=True, **noise)
+
+    def model(y, level):
+        return predict(y, torch.tensor([level]).double())
+
+    expected = loop(model, lambda: torch.ones_like(x), x, sigmas.tolist())
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-11 * float(expected.abs().max()))

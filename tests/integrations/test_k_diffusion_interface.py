@@ -36,7 +36,11 @@ def test_names_and_signatures(part):
         if name in ("DPMSolver", "PIDStepSizeController"):
             continue
         mine = getattr(module, name)
-        assert getattr(k_diffusion, name) is mine
+        if name.startswith("sample_"):
+            # The package's own also takes ComfyUI's callers, and hands the others on.
+            assert inspect.signature(getattr(k_diffusion, name)) == inspect.signature(mine)
+        else:
+            assert getattr(k_diffusion, name) is mine
         if inspect.isclass(theirs):
             assert str(inspect.signature(mine)).split("<")[0] == str(inspect.signature(theirs)).split("<")[0]
             for method, function in functions_of(theirs).items():
