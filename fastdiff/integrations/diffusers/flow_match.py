@@ -48,11 +48,22 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
         if per_token_timesteps is not None:
             tokens = {"per_token_timesteps": per_token_timesteps, "return_dict": return_dict}
             return super().step(model_output, timestep, sample, generator=generator, **tokens)  # type: ignore[misc]
-        run, row = self._at(timestep)
-        noise = draw(sample, generator, torch.float32) if self.config.stochastic_sampling else None
-        x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
+        if sample.dtype is torch.float32 and not self.config.stochastic_sampling:
+            x = self._straight(model_output, timestep, sample).to(model_output.dtype)
+        else:
+            run, row = self._at(timestep)
+            noise = draw(sample, generator, torch.float32) if self.config.stochastic_sampling else None
+            x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
         self._advance()
         return _result(FlowMatchEulerDiscreteSchedulerOutput, x, return_dict)
+
+    def _straight(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+        """x + (t' - t) m: two terms, for which PyTorch's own operator takes less time than a row is looked up in."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        levels, index = self._sigma_values, self._step_index
+        assert index is not None
+        return torch.add(sample, model_output, alpha=levels[index + 1] - levels[index])
 
 
 class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDiscreteScheduler):
