@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdiff import schedules
 from fastdiff.integrations.diffusers.euler import UNSCALED
+from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import draw
 from fastdiff.integrations.diffusers.sigma_space import ChurnScheduler, refuse_integer
 from fastdiff.integrations.diffusers.tables import negated, table
@@ -21,7 +22,7 @@ from fastdiff.samplers.table import StepTable
 from fastdiff.schedules import Schedule
 
 
-class EDMEulerScheduler(ChurnScheduler, Theirs):
+class EDMEulerScheduler(AddNoise, ChurnScheduler, Theirs):
     """Rows of `euler` for the prediction "edm", with churn whose network call comes before the noise."""
 
     _given: bool = False

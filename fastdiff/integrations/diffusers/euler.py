@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import draw
 from fastdiff.integrations.diffusers.sigma_space import ChurnScheduler, SigmaScheduler, refuse_integer
 from fastdiff.samplers.table import StepTable
@@ -19,7 +20,7 @@ from fastdiff.samplers.table import StepTable
 UNSCALED = "step: scale_model_input was not called before it, so the network was given an input of another size"
 
 
-class EulerDiscreteScheduler(ChurnScheduler, Theirs):
+class EulerDiscreteScheduler(AddNoise, ChurnScheduler, Theirs):
     """Rows of `euler`, with churn whose network call comes before the noise."""
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
@@ -53,7 +54,7 @@ class EulerDiscreteScheduler(ChurnScheduler, Theirs):
         return EulerDiscreteSchedulerOutput(x, data) if return_dict else (x, data)
 
 
-class EulerAncestralDiscreteScheduler(SigmaScheduler, TheirAncestral):
+class EulerAncestralDiscreteScheduler(AddNoise, SigmaScheduler, TheirAncestral):
     """Rows of `euler_ancestral`."""
 
     unfinished = ("sample",)

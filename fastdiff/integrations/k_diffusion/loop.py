@@ -83,7 +83,7 @@ class Rows:
         else:
             step = ops.sampler_step(x, denoised, self._coefficients, row, **given)
         if step.history is not None:
-            self._history = (step.history, *self._history[:2])
+            self._history = (step.history, *self._history)[: self._table.depth]
         if step.anchor is not None:
             self._anchor = step.anchor
         return step.x
