@@ -13,8 +13,8 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.noising import AddNoise
-from fastdiff.integrations.diffusers.scheduler import draw
-from fastdiff.integrations.diffusers.sigma_space import ChurnScheduler, SigmaScheduler, refuse_integer
+from fastdiff.integrations.diffusers.scheduler import draw, refuse_index
+from fastdiff.integrations.diffusers.sigma_space import ChurnScheduler, SigmaScheduler
 from fastdiff.samplers.table import StepTable
 
 UNSCALED = "step: scale_model_input was not called before it, so the network was given an input of another size"
@@ -39,7 +39,7 @@ class EulerDiscreteScheduler(AddNoise, ChurnScheduler, Theirs):
         return_dict: bool = True,
     ) -> EulerDiscreteSchedulerOutput | tuple[Tensor, Tensor | None]:
         """The state at the next timestep, in the dtype of `model_output`, and the data prediction."""
-        refuse_integer("EulerDiscreteScheduler", timestep)
+        refuse_index(timestep)
         if not self.is_scale_input_called:
             scheduling_euler_discrete.logger.warning(UNSCALED)
         churn = (s_churn, s_tmin, s_tmax, s_noise)
@@ -71,7 +71,7 @@ class EulerAncestralDiscreteScheduler(AddNoise, SigmaScheduler, TheirAncestral):
         return_dict: bool = True,
     ) -> EulerAncestralDiscreteSchedulerOutput | tuple[Tensor, Tensor | None]:
         """The state at the next timestep, in the dtype of `model_output`, and the data prediction."""
-        refuse_integer("EulerAncestralDiscreteScheduler", timestep)
+        refuse_index(timestep)
         if not self.is_scale_input_called:
             scheduling_euler_ancestral_discrete.logger.warning(UNSCALED)
         if sample.shape != model_output.shape:

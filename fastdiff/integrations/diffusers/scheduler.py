@@ -16,6 +16,8 @@ from fastdiff.samplers.table import StepTable
 
 __all__ = ["IndexedScheduler", "Run", "Scheduler", "draw", "refuse_index"]
 
+_WHOLE = (torch.int32, torch.int64)
+
 
 @dataclass
 class Run:
@@ -217,9 +219,13 @@ def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tens
 
 
 def refuse_index(timestep: Any) -> None:
-    """ValueError for a whole number, which is an index rather than a timestep."""
-    if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
-        raise ValueError(f"step: expected one of the scheduler's timesteps, got the whole number {timestep!r}")
+    """ValueError for an integer, which is an index rather than a timestep."""
+    whole = timestep.is_cpu and timestep.dtype in _WHOLE if isinstance(timestep, Tensor) else isinstance(timestep, int)
+    if whole:
+        raise ValueError(
+            f"timestep: expected one of the scheduler's timesteps, got the integer {timestep!r}; "
+            "pass the elements of scheduler.timesteps, not their indices"
+        )
 
 
 def _step(
