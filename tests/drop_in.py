@@ -98,7 +98,8 @@ def assert_parity(
             t = scheduler.timesteps[index]
             inputs.append(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x)
             m = model(inputs[0], t) if m is None else m
-            torch.manual_seed(index)
+            # torch.manual_seed notes for a GPU where it was called, which takes longer than a step.
+            torch.default_generator.manual_seed(index)
             options = {**(step_options or {}), **({"generator": generator} if takes else {})}
             results.append(scheduler.step(m, t, x, return_dict=False, **options))
             generated = (each.numpy().tobytes() for each in (generator.get_state(), torch.get_rng_state()))
@@ -137,7 +138,7 @@ def assert_close_in_half(name: str, config: Mapping[str, Any] | None, dtype: tor
             t = scheduler.timesteps[index]
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             m = model(scaled.to(dtype), t) if m is None else m
-            torch.manual_seed(index)
+            torch.default_generator.manual_seed(index)
             exact = (m.float(), t, x.float()) if scheduler is truth else (m, t, x)
             noise = torch.Generator().manual_seed(index)
             given = {"generator": noise} if "generator" in inspect.signature(theirs.step).parameters else {}

@@ -176,7 +176,7 @@ def test_between_steps(name, config, begin):
         for scheduler in both:
             t = scheduler.timesteps[index]
             y = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-            torch.manual_seed(index)
+            torch.default_generator.manual_seed(index)
             moved = scheduler.step(network(y, t), t, x, return_dict=False)[0]
             results.append((moved, noised(scheduler, image, noise, scheduler.timesteps[index + 1 : index + 2])))
         (our, our_noised), (their, their_noised) = results[0], results[1]
