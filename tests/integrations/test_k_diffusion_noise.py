@@ -11,7 +11,6 @@ from fastdiff.errors import InputError
 from fastdiff.integrations.k_diffusion import sampling as ours
 
 theirs = load().sampling
-pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")
 
 
 @pytest.mark.parametrize("seed", [None, 12, [3, 4]], ids=str)

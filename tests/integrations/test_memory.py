@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from drop_in import network
+from drop_in import made, network
 from torch import Tensor
 
 import fastdiff.integrations.diffusers as drop_in
@@ -56,7 +56,7 @@ def held(value: object, seen: set[int]) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_is_held_between_steps(name):
-    scheduler = getattr(drop_in, name)()
+    scheduler = made(drop_in, name)
     scheduler.set_timesteps(10)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     image = {"original_image": IMAGE, "mask": IMAGE} if name == "RePaintScheduler" else {}
