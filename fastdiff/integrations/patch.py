@@ -59,12 +59,12 @@ def unpatch_scheduler(pipe: Any, *, strict: bool = False) -> SchedulerPatch:
 
 def _originals() -> dict[type, type]:
     """diffusers' class for each of ours."""
-    import diffusers
-
     from fastdiff.integrations import diffusers as drop_in
+    from fastdiff.integrations.diffusers.scheduler import Scheduler
 
-    pairs = ((getattr(drop_in, name), getattr(diffusers, name)) for name in drop_in.__all__)
-    return {ours: theirs for ours, theirs in pairs if ours is not theirs}
+    # What diffusers itself calls by that name may be ours by now.
+    classes = [kind for name in drop_in.__all__ if issubclass(kind := getattr(drop_in, name), Scheduler)]
+    return {kind: next(base for base in kind.__mro__[1:] if base.__name__ == kind.__name__) for kind in classes}
 
 
 def _exchange(caller: str, pipe: Any, classes: Mapping[type, type], library: str, *, strict: bool) -> SchedulerPatch:

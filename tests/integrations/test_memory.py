@@ -25,9 +25,10 @@ KEPT = {
     "KDPM2DiscreteScheduler": 2,
     "KDPM2AncestralDiscreteScheduler": 2,
     "FlowMatchHeunDiscreteScheduler": 2,
-    "LMSDiscreteScheduler": 3,
-    "PNDMScheduler": 4,
-    "IPNDMScheduler": 3,
+    # As many as its public lists have: four slopes; four noise predictions, and the state that PNDM's start from.
+    "LMSDiscreteScheduler": 4,
+    "PNDMScheduler": 5,
+    "IPNDMScheduler": 4,
 }
 CLASSES = [
     name

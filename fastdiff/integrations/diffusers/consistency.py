@@ -75,7 +75,7 @@ class LCMScheduler(_Distilled, diffusers.LCMScheduler):
         """The state at the next timestep, and the data that the network gave."""
         found = self._due(timestep) if model_output.shape == sample.shape else None
         if found is None:
-            return diffusers.LCMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
+            return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]
         x, denoised = self._distilled(found, sample, model_output, generator, True)
         return LCMSchedulerOutput(prev_sample=x, denoised=denoised) if return_dict else (x, denoised)
 
@@ -115,6 +115,6 @@ class TCDScheduler(_Distilled, diffusers.TCDScheduler):
         """The state at the next timestep, and the one beyond it from which noise led there."""
         found = self._due(timestep, eta) if model_output.shape == sample.shape else None
         if found is None:
-            return diffusers.TCDScheduler.step(self, model_output, timestep, sample, eta, generator, return_dict)
+            return super().step(model_output, timestep, sample, eta, generator, return_dict)  # type: ignore[misc]
         x, noised = self._distilled(found, sample, model_output, generator, eta > 0)
         return TCDSchedulerOutput(prev_sample=x, pred_noised_sample=noised) if return_dict else (x, noised)

@@ -67,6 +67,8 @@ class CMStochasticIterativeScheduler(AddNoise, IndexedScheduler, diffusers.CMSto
         refuse_index(timestep)
         if not self.is_scale_input_called:
             _logger.warning("step: the network's input is expected to come from `scale_model_input`; call it first")
+        if sample.shape != model_output.shape:
+            return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]
         run, row = self._at(timestep)
         noise = draw(model_output, generator) if len(self._times) > 1 else None
         dtype = torch.promote_types(sample.dtype, model_output.dtype)

@@ -45,7 +45,7 @@ class DDIMScheduler(Velocity, ByTimestep, diffusers.DDIMScheduler):
             found = self._row(self._moment(timestep), (eta, use_clipped_model_output))
         if found is None:
             options = (eta, use_clipped_model_output, generator, variance_noise, return_dict)
-            return diffusers.DDIMScheduler.step(self, model_output, timestep, sample, *options)
+            return super().step(model_output, timestep, sample, *options)  # type: ignore[misc]
         noise = None
         if eta > 0:
             if variance_noise is not None and generator is not None:
@@ -76,7 +76,7 @@ class DDIMInverseScheduler(ByTimestep, diffusers.DDIMInverseScheduler):
         """The state at the timestep, which lies further in the noise than the sample, and the data prediction."""
         found = self._row(self._moment(timestep)) if model_output.shape == sample.shape else None
         if found is None:
-            return diffusers.DDIMInverseScheduler.step(self, model_output, timestep, sample, return_dict)
+            return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]
         x, data = self._take(found, sample, model_output)
         return InverseOutput(prev_sample=x, pred_original_sample=data) if return_dict else (x, data)
 

@@ -102,7 +102,7 @@ class DDPMScheduler(Velocity, _Ancestral, diffusers.DDPMScheduler):
         time = self._moment(timestep)
         result = self._ancestral(time, time, sample, model_output, generator)
         if result is None:
-            return diffusers.DDPMScheduler.step(self, model_output, timestep, sample, generator, return_dict)
+            return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]
         x, data = result
         return DDPMSchedulerOutput(prev_sample=x, pred_original_sample=data) if return_dict else result
 
@@ -147,6 +147,6 @@ class UnCLIPScheduler(Noising, _Ancestral, diffusers.UnCLIPScheduler):
             result = self._ancestral((time, before), time, sample, model_output, generator)
         if result is None:
             options = (prev_timestep, generator, return_dict)
-            return diffusers.UnCLIPScheduler.step(self, model_output, timestep, sample, *options)
+            return super().step(model_output, timestep, sample, *options)  # type: ignore[misc]
         x, data = result
         return UnCLIPSchedulerOutput(prev_sample=x, pred_original_sample=data) if return_dict else result

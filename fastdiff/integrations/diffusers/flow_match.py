@@ -48,8 +48,17 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
         if per_token_timesteps is not None:
             tokens = {"per_token_timesteps": per_token_timesteps, "return_dict": return_dict}
             return super().step(model_output, timestep, sample, generator=generator, **tokens)  # type: ignore[misc]
-        if sample.dtype is torch.float32 and not self.config.stochastic_sampling:
-            x = self._straight(model_output, timestep, sample).to(model_output.dtype)
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        straight = sample.dtype is torch.float32 and not self.config.stochastic_sampling
+        if sample.shape != model_output.shape or not (straight or self._has_rows()):
+            options = {"generator": generator, "return_dict": return_dict}
+            return super().step(model_output, timestep, sample, **options)  # type: ignore[misc]
+        if straight:
+            # Two terms, for which PyTorch's own operator takes less time than a row is looked up in.
+            levels, index = self._sigma_values, self._step_index
+            assert index is not None
+            x = torch.add(sample, model_output, alpha=levels[index + 1] - levels[index]).to(model_output.dtype)
         else:
             run, row = self._at(timestep)
             noise = draw(sample, generator, torch.float32) if self.config.stochastic_sampling else None
@@ -57,13 +66,10 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
         self._advance()
         return _result(FlowMatchEulerDiscreteSchedulerOutput, x, return_dict)
 
-    def _straight(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-        """x + (t' - t) m: two terms, for which PyTorch's own operator takes less time than a row is looked up in."""
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        levels, index = self._sigma_values, self._step_index
-        assert index is not None
-        return torch.add(sample, model_output, alpha=levels[index + 1] - levels[index])
+    def _has_rows(self) -> bool:
+        """Whether the levels are those of a run: with one step and `shift_terminal`, diffusers divides by zero."""
+        run = self._run
+        return (run is not None and run.levels is self.sigmas) or all(map(math.isfinite, self._sigma_values))
 
 
 class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDiscreteScheduler):
@@ -104,7 +110,8 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         index = self._step_index
         assert index is not None
         first = self.dt is None
-        if self.prev_derivative is not None or (first and not self._has_rows(index, s_churn)):
+        fits = sample.shape == model_output.shape
+        if self.prev_derivative is not None or (first and not (fits and self._has_rows(index, s_churn))):
             churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
             theirs = super().step  # type: ignore[misc]
             return theirs(model_output, timestep, sample, **churn, generator=generator, return_dict=return_dict)
@@ -112,7 +119,7 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         noise = None
         if s_churn > 0.0 and np.float32(s_tmin) <= sigma <= np.float32(s_tmax):
             noise = draw(model_output, generator)
-        m = model_output
+        m = model_output if fits else model_output.expand(sample.shape).contiguous()
         if first:
             self._set_churn((s_churn, s_tmin, s_tmax, s_noise))
             self.dt = self._sigma_values[index + 1] - sigma

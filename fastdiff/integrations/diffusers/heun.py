@@ -20,14 +20,14 @@ class HeunDiscreteScheduler(TwoCallScheduler, Theirs):
     sample: Tensor | None
     _levels: list[float]
     _slope: Any = None
-    """`prev_derivative`, or the (y, D, sigma) that it follows from."""
+    """`prev_derivative`, or the (y, z, factor) that make it: (y - z) * factor."""
 
     @property
     def prev_derivative(self) -> Any:
         """(y - D) / sigma of a step's first call while the second is due; no step of ours reads it."""
         if isinstance(self._slope, tuple):
-            y, data, sigma = self._slope
-            self._slope = (y - data) / sigma
+            y, other, factor = self._slope
+            self._slope = ((y - other) * factor).to(y.dtype)
         return self._slope
 
     @prev_derivative.setter
@@ -55,9 +55,11 @@ class HeunDiscreteScheduler(TwoCallScheduler, Theirs):
         else:
             data = data.to(model_output.dtype if run.table.prediction == "sample" else dtype)
         if row % 2:
-            self.prev_derivative = self.dt = self.sample = None
+            self.prev_derivative = self.dt = self.sample = run.anchor = None
         else:
-            sigma = self._levels[row]
-            self.prev_derivative, self.dt, self.sample = (sample, data, sigma), self._levels[row + 1] - sigma, sample
+            sigma, end = self._levels[row : row + 2]
+            self.dt, self.sample = end - sigma, sample
+            # The anchor is halfway along the slope, so that the second call keeps no third tensor.
+            self._slope = (sample, data, 1.0 / sigma) if run.anchor is None else (sample, run.anchor, 2.0 / -self.dt)
         self._step_index += 1
         return HeunDiscreteSchedulerOutput(x, data) if return_dict else (x, data)

@@ -18,7 +18,7 @@ _EARLIER = 3
 
 
 class IPNDMScheduler(IndexedScheduler, Theirs):
-    """Rows of `ipndm`. `ets`, oldest first, is what the rows read; it grows as diffusers' does, and is float32."""
+    """Rows of `ipndm`. `ets`, oldest first, is what the rows read: the newest four, in float32."""
 
     ets: list[Tensor]
     betas: Tensor
@@ -70,6 +70,7 @@ class IPNDMScheduler(IndexedScheduler, Theirs):
         run, row = self._at(timestep)
         run.history = history_of(self.ets, run.table.uses[row].history, sample)
         x, _ = self._apply(run, row, sample, model_output, dtype=result_dtype(sample, model_output))
-        self.ets.append(run.history[0])
+        self.ets = [*self.ets[-_EARLIER:], run.history[0]]
+        run.history = ()
         self._step_index += 1
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -52,5 +52,6 @@ class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
         self.derivatives.append(run.history[0])
         if len(self.derivatives) > order:
             self.derivatives.pop(0)
+        run.history = ()
         self._step_index += 1
         return LMSDiscreteSchedulerOutput(x, data) if return_dict else (x, data)

@@ -41,8 +41,8 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
     prk_timesteps: Any
     final_alpha_cumprod: Tensor
     _rows: dict[Key, int]
-    _products: list[float]
-    _final: float
+    _levels: tuple[list[float], float] | None = None
+    """alpha^2 of the training timesteps and of the end."""
     _partial: list[tuple[float, Tensor]]
 
     @property
@@ -57,7 +57,10 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Places the timesteps; the schedule is read here, as `add_noise` may move it to another device."""
         Theirs.set_timesteps(self, num_inference_steps, device)
-        self._products, self._final = self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
+        self._levels = self._read_levels()
+
+    def _read_levels(self) -> tuple[list[float], float]:
+        return self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
 
     def step_prk(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
@@ -133,14 +136,20 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
             run = self._plan(key, timestep)
         run.history = history_of(outputs[:0:-1], len(outputs) - 1, base)
         x, _ = self._apply(run, self._rows[key], base, outputs[0], dtype=result_dtype(base, outputs[0]))
+        run.history = ()
         self.counter += 1
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def _plan(self, key: Key, timestep: Any) -> Run:
         """The rows of this call and of those that follow it in a regular run."""
-        keys = list(dict.fromkeys([key, *self._following(timestep)]))
-        ends = [self._products[end] if end >= 0 else self._final for _, end, _ in keys]
-        calls = ((self._products[start], end, weights) for (start, _, weights), end in zip(keys, ends, strict=True))
+        if self._levels is None:
+            # A scheduler that was diffusers' own when its timesteps were set.
+            self._levels = self._read_levels()
+        products, final = self._levels
+        following = (each for each in self._following(timestep) if each[0] < len(products))
+        keys = list(dict.fromkeys([key, *following]))
+        ends = [products[end] if end >= 0 else final for _, end, _ in keys]
+        calls = ((products[start], end, weights) for (start, _, weights), end in zip(keys, ends, strict=True))
         prediction = self.config.prediction_type
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type: expected 'epsilon' or 'v_prediction', got {prediction!r}")
@@ -162,8 +171,7 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
             else:
                 known = known if counter == 1 else min(known, 3) + 1
                 key = self._plms_key(counter, int(time), known)
-            if key[0] < len(self._products):
-                yield key
+            yield key
 
 
 @lru_cache(maxsize=64)

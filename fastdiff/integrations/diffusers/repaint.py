@@ -47,7 +47,7 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
             found = self._row(self._moment(timestep), self.eta)
         if found is None:
             options = (original_image, mask, generator, return_dict)
-            return diffusers.RePaintScheduler.step(self, model_output, timestep, sample, *options)
+            return super().step(model_output, timestep, sample, *options)  # type: ignore[misc]
         noise = draw(model_output, generator)
         kept = {
             "known": original_image.expand(sample.shape).contiguous(),
@@ -62,7 +62,7 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
         count = self.config.num_train_timesteps // self.num_inference_steps
         time = self._moment(timestep)
         if time is None or time < 0 or sample.dtype == torch.float64 or sample.device.type == "mps":
-            return diffusers.RePaintScheduler.undo_step(self, sample, timestep, generator)
+            return super().undo_step(sample, timestep, generator)  # type: ignore[misc]
         scales = self._noising(sample.device)[:, time : time + count, None]
         if scales.shape[1] < count:
             raise IndexError(f"undo_step: timestep {time} and the {count} after it go beyond the training timesteps")

@@ -171,7 +171,8 @@ class IndexedScheduler(Scheduler):
             found: dict[float, list[int]] = {}
             for index, other in enumerate(self._times):
                 found.setdefault(other, []).append(index)
-            self._starts = {other: places[min(1, len(places) - 1)] for other, places in found.items()}
+            # What is no number is equal to nothing, itself included.
+            self._starts = {other: found[other][:2][-1] for other in found if other == other}
         if time in self._starts:
             return self._starts[time]
         return int(self.index_for_timestep(time))  # type: ignore[attr-defined]
