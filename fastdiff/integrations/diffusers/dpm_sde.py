@@ -17,6 +17,7 @@ from fastdiff.samplers.table import StepTable
 
 _MOST_NOISE = 10.0
 """What the rows take as s_noise."""
+_APART = 1e-9
 
 
 class DPMSolverSDEScheduler(TwoCallScheduler, Theirs):
@@ -33,7 +34,11 @@ class DPMSolverSDEScheduler(TwoCallScheduler, Theirs):
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         options = {"noise": "independent", "s_noise": self._s_noise}
-        made, gives_data = self._rows("dpmpp_sde", sigmas=self._ends, times=self._times[::2], options=options)
+        ends = self._ends.tolist()
+        for index in reversed(range(len(ends) - 1)):
+            # Steps between equal levels are diffusers' own, but have their two rows, so that each index has its own.
+            ends[index] = max(ends[index], ends[index + 1] * (1.0 + _APART))
+        made, gives_data = self._rows("dpmpp_sde", sigmas=ends, times=self._times[::2], options=options)
         return scaled(made), gives_data
 
     def _begin(self, index: int) -> Run:

@@ -46,6 +46,8 @@ class EulerDiscreteScheduler(AddNoise, ChurnScheduler, Theirs):
         if sample.shape != model_output.shape or not self._takes(churn):
             return Theirs.step(self, model_output, timestep, sample, *churn, generator, return_dict)
         run, row = self._at(timestep)
+        if row in self._theirs:
+            return Theirs.step(self, model_output, timestep, sample, *churn, generator, return_dict)
         noise = draw(model_output, generator) if self._raised[row] else None
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
         self._step_index += 1
@@ -77,6 +79,8 @@ class EulerAncestralDiscreteScheduler(AddNoise, SigmaScheduler, TheirAncestral):
         if sample.shape != model_output.shape:
             return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         run, row = self._at(timestep)
+        if row in self._theirs:
+            return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         noise = draw(model_output, generator)
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
         self._step_index += 1

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator
 
+import numpy as np
 from diffusers import LMSDiscreteScheduler as Theirs
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOutput
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.euler import UNSCALED
 from fastdiff.integrations.diffusers.noising import AddNoise
+from fastdiff.integrations.diffusers.scheduler import Run
 from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler, history_of, result_dtype
+from fastdiff.ops.row import INPUTS, NEW_X
 from fastdiff.samplers.table import StepTable
 
 _MOST_SLOPES = 4
+_MOST_TERMS = 8.0
 
 
 class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
@@ -28,6 +34,23 @@ class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
     def _table(self, start: int) -> tuple[StepTable, bool]:
         options = {"order": self._order, "slopes": "all"}
         return self._rows("lms", sigmas=self.sigmas, times=self._times, options=options)
+
+    def _begin(self, index: int) -> Run:
+        run = super()._begin(index)
+        for row in self._cancelling(run.table):
+            # With the slopes that it reads, of which the rounding is multiplied.
+            self._theirs |= frozenset(range(max(row - self._order + 1, 0), row + 1))
+        return run
+
+    def _cancelling(self, table: StepTable) -> Iterator[int]:
+        """Rows whose terms are large beside the state that they make: those of uneven or equal levels."""
+        sigmas = self._sigma_values
+        for row, weights in enumerate(np.abs(table.rows[:, NEW_X])):
+            start, end = (math.hypot(1.0, level) for level in sigmas[row : row + 2])
+            x, other = float(weights[INPUTS.index("x")]), float(weights.sum())
+            near = sigmas[max(row - self._order + 1, 0) : row + 2]
+            if len(set(near)) < len(near) or not x * start + other - x < _MOST_TERMS * end:
+                yield row
 
     def step(
         self,
@@ -46,6 +69,10 @@ class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
             self._order, self._run = order, None
         run, row = self._at(timestep)
         dtype = result_dtype(sample, model_output)
+        if row in self._theirs:
+            # As diffusers itself would have kept them.
+            self.derivatives = [slope.to(dtype) for slope in self.derivatives]
+            return Theirs.step(self, model_output, timestep, sample, order, return_dict)
         run.history = history_of(self.derivatives, run.table.uses[row].history, sample)
         x, data = self._apply(run, row, sample, model_output, dtype=dtype)
         data = model_output if data is None else data.to(dtype)

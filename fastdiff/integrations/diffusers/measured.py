@@ -251,9 +251,10 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> Measured:
     alphas, sigmas = (values[start:end] for values in probe.levels())
     rows = np.stack([_row(*pair) for pair in zip(steps, [*steps[1:], None], strict=True)])
     read = {name for i, name in enumerate(INPUTS) if rows[:, [NEW_X.start + i, NEW_ANCHOR.start + i]].any()}
-    if not read.intersection(HISTORY):
+    theirs = frozenset(i for i, step in enumerate(steps) if not step.exact and probe.solver.mixes)
+    if not theirs and not read.intersection(HISTORY):
         rows[:, NEW_HISTORY] = 0.0
-    if "anchor" not in read:
+    if not theirs and "anchor" not in read:
         rows[:, NEW_ANCHOR] = 0.0
     rows[:, KNOWN] = np.stack([alphas[1:], sigmas[1:]], axis=1)
     for array in (rows, times):
@@ -270,7 +271,6 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> Measured:
         threshold=threshold_of(scheduler.config) if any(step.bounded for step in steps) else None,
         snr=np.zeros(len(rows)),
     )
-    theirs = frozenset(i for i, step in enumerate(steps) if not step.exact and probe.solver.mixes)
     return Measured(table, fault, theirs)
 
 

@@ -66,6 +66,8 @@ class MultistepScheduler(IndexedScheduler):
             model_output = model_output[:, :3].contiguous()
         if model_output.shape != sample.shape:
             return None
+        if self._step_index is not None and self._step_index >= len(self._times):
+            return None
         run, row = self._at(timestep)
         if row >= len(run.table) and self._steps.fault is not None:
             raise self._steps.fault
@@ -103,8 +105,9 @@ class MultistepScheduler(IndexedScheduler):
         if use.new_history:
             del outputs[0]
             outputs.append(run.history[0])
-            unread = len(outputs) - run.table.depth
-            outputs[:unread] = [None] * unread
+            if not self._steps.theirs:
+                unread = len(outputs) - run.table.depth
+                outputs[:unread] = [None] * unread
         if use.new_anchor:
             self._keep(run.anchor)
         self._advance()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,19 @@ from fastdiff.samplers.table import StepTable
 
 SPACE = schedules.linear()
 """Any schedule that keeps the variance: the levels are the scheduler's own, and nothing else is asked of it."""
+_MOST_SHRINK = 16.0
+"""So many times smaller, a state of float32 is what is left when terms cancel: it shows in 1e-6 how they are rounded."""
 
 
 class SigmaScheduler(IndexedScheduler):
     """Row i of its table belongs to index i of its timesteps, wherever a run starts.
 
     unfinished   predictions that diffusers knows by name and refuses
+    _theirs      indices whose step is left to diffusers, as `_left` says
     """
 
     unfinished: tuple[str, ...] = ()
+    _theirs: frozenset[int] = frozenset()
     is_scale_input_called: bool
     _step_index: Any
 
@@ -36,7 +41,15 @@ class SigmaScheduler(IndexedScheduler):
         return super()._at(timestep)
 
     def _begin(self, index: int) -> Run:
+        self._theirs = frozenset(self._left(self._sigma_values))
         return super()._begin(0)
+
+    def _left(self, sigmas: Sequence[float]) -> Iterator[int]:
+        """Indices of the steps whose result is what diffusers' rounding leaves, or no number; and those after the last
+        timestep, which there are where a run starts at the second of two equal timesteps."""
+        for index, (start, end) in enumerate(pairwise(sigmas)):
+            if index >= len(self._times) or not keeps_digits(start, end):
+                yield index
 
     def _prediction(self) -> str:
         name = self.config.prediction_type
@@ -50,7 +63,7 @@ class SigmaScheduler(IndexedScheduler):
         self,
         method: str,
         *,
-        sigmas: Tensor,
+        sigmas: Tensor | Sequence[float],
         times: Sequence[float],
         options: Mapping[str, Any] | None = None,
         clip: float | None = None,
@@ -74,6 +87,11 @@ class SigmaScheduler(IndexedScheduler):
             options=options,
         )
         return made, gives_data
+
+
+def keeps_digits(start: float, end: float) -> bool:
+    """Whether a step between these levels makes a state that is not much smaller than the terms it is the sum of."""
+    return start > 0.0 and math.hypot(1.0, start) < _MOST_SHRINK * math.hypot(1.0, end)
 
 
 NO_CHURN = (0.0, 0.0, math.inf, 1.0)

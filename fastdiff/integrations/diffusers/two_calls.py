@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import Run
-from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler
+from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler, keeps_digits
+
+_MOST_RATIO = 64.0
+"""Of two levels: the slope at the second has the rounding of the state divided by that level."""
 
 
 class TwoCallScheduler(AddNoise, SigmaScheduler):
@@ -29,11 +34,20 @@ class TwoCallScheduler(AddNoise, SigmaScheduler):
         steps = (len(self._times) + 1) // 2
         return torch.cat([self.sigmas[:1], self.sigmas[1 : 2 * steps : 2]])
 
+    def _left(self, sigmas: Sequence[float]) -> Iterator[int]:
+        ends = self._ends.tolist()
+        for first, (start, end) in zip(range(0, len(sigmas), 2), pairwise(ends), strict=False):
+            if start == end or not keeps_digits(start, end) or start > _MOST_RATIO * end > 0.0:
+                yield from (first, first + 1)
+        yield from range(len(self._times), len(sigmas))
+
     def _due(self, timestep: Any, sample: Tensor, model_output: Tensor) -> tuple[Run, int] | None:
         """The run and its row for this call; None where no row is made for it."""
         if sample.shape != model_output.shape:
             return None
         run, row = self._at(timestep)
+        if row in self._theirs:
+            return None
         if self.state_in_first_order:
             self._second = row + 1
             return None if row % 2 else (run, row)
