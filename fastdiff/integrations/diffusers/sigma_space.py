@@ -19,7 +19,7 @@ from fastdiff.samplers.table import StepTable
 SPACE = schedules.linear()
 """Any schedule that keeps the variance: the levels are the scheduler's own, and nothing else is asked of it."""
 _MOST_SHRINK = 16.0
-"""So many times smaller, a state of float32 is what is left when terms cancel: it shows in 1e-6 how they are rounded."""
+"""A state so many times smaller is what is left when terms cancel: in float32 it shows in 1e-6 how they are rounded."""
 
 
 class SigmaScheduler(IndexedScheduler):
