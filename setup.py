@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ CAPABILITIES = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"],
 }
+# PyTorch rounds a product before it adds it, so that a step of ours cancels where a step in PyTorch does.
+ROUNDED = ["-ffp-contract=off"]
+ROUNDED_KERNELS = ("sampler_step", "add_noise")
 if platform.machine() not in ("x86_64", "AMD64"):
     CAPABILITIES = {"DEFAULT": []}
 
@@ -74,10 +78,12 @@ class Build(BuildExtension):
 
     def build_extension(self, extension) -> None:
         extension.extra_objects = []
-        for capability, flags in CAPABILITIES.items():
-            flags = [*CXX_FLAGS, *flags, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+        rounded = [source for source in CPU_KERNELS if Path(source).stem in ROUNDED_KERNELS]
+        fused = [source for source in CPU_KERNELS if source not in rounded]
+        for (capability, flags), (sources, more) in product(CAPABILITIES.items(), [(fused, []), (rounded, ROUNDED)]):
+            flags = [*CXX_FLAGS, *flags, *more, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
             extension.extra_objects += self.compiler.compile(
-                [str(ROOT / source) for source in CPU_KERNELS],
+                [str(ROOT / source) for source in sources],
                 output_dir=os.path.join(self.build_temp, capability),
                 include_dirs=extension.include_dirs,
                 extra_postargs={"cxx": flags},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -29,7 +31,21 @@ def with_variance(x: Tensor, t: Any) -> Tensor:
 
 def pair(name: str, config: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """Our class and diffusers' class of that name, both from the same configuration."""
-    return getattr(drop_in, name)(**(config or {})), getattr(diffusers, name)(**(config or {}))
+    return made(drop_in, name, config), made(diffusers, name, config)
+
+
+def made(library: Any, name: str, config: Mapping[str, Any] | None = None) -> Any:
+    """A scheduler of diffusers or of ours; a copy of an earlier one where the configuration is plain, since some take
+    longer to make than to test."""
+    items = (config or {}).items()
+    if not all(value is None or isinstance(value, str | int | float) for _, value in items):
+        return getattr(library, name)(**dict(items))
+    return deepcopy(_made(library, name, tuple((key, type(value), value) for key, value in items)))
+
+
+@lru_cache(maxsize=64)
+def _made(library: Any, name: str, items: tuple[tuple[str, type, Any], ...]) -> Any:
+    return getattr(library, name)(**{key: value for key, _, value in items})
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -82,10 +98,12 @@ def assert_parity(
             t = scheduler.timesteps[index]
             inputs.append(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x)
             m = model(inputs[0], t) if m is None else m
-            torch.manual_seed(index)
+            # torch.manual_seed notes for a GPU where it was called, which takes longer than a step.
+            torch.default_generator.manual_seed(index)
             options = {**(step_options or {}), **({"generator": generator} if takes else {})}
             results.append(scheduler.step(m, t, x, return_dict=False, **options))
-            states.append([generator.get_state().tolist(), torch.get_rng_state().tolist(), index_of(scheduler)])
+            generated = (each.numpy().tobytes() for each in (generator.get_state(), torch.get_rng_state()))
+            states.append([*generated, index_of(scheduler)])
         assert relative(inputs[1], inputs[0]) < 1e-6, f"step {index}: the network's input"
         assert len(results[0]) == len(results[1])
         for number, (their, our) in enumerate(zip(*results, strict=True)):
@@ -120,7 +138,7 @@ def assert_close_in_half(name: str, config: Mapping[str, Any] | None, dtype: tor
             t = scheduler.timesteps[index]
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             m = model(scaled.to(dtype), t) if m is None else m
-            torch.manual_seed(index)
+            torch.default_generator.manual_seed(index)
             exact = (m.float(), t, x.float()) if scheduler is truth else (m, t, x)
             noise = torch.Generator().manual_seed(index)
             given = {"generator": noise} if "generator" in inspect.signature(theirs.step).parameters else {}

@@ -4,9 +4,16 @@ from itertools import product
 
 import pytest
 import torch
-from drop_in import pair, relative
+from drop_in import network, pair, relative
+from waiting import on_device, the_device_is_not_read
 
-NAMES = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler", "UnCLIPScheduler")
+import fastdiff.integrations.diffusers as drop_in
+from fastdiff.integrations.diffusers.alphas_cumprod import Noising, Velocity
+
+CLASSES = {name: getattr(drop_in, name) for name in drop_in.__all__}
+NAMES = [name for name, kind in CLASSES.items() if issubclass(kind, Noising)]
+METHODS = [(name, "add_noise") for name in NAMES]
+METHODS += [(name, "get_velocity") for name in NAMES if issubclass(CLASSES[name], Velocity)]
 SHAPES = ((3, 4, 8, 8), (3, 5), (3,), (3, 2, 4, 4, 4))
 TIMESTEPS = {
     "each": torch.tensor([0, 500, 999]),
@@ -24,8 +31,7 @@ def tensors(shape):
 
 
 @pytest.mark.parametrize("timesteps", TIMESTEPS.values(), ids=TIMESTEPS)
-@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
-@pytest.mark.parametrize("name", NAMES[:-1])
+@pytest.mark.parametrize(("name", "method"), METHODS)
 def test_parity_and_precision(name, method, timesteps):
     """In float32 as theirs; in any other dtype in theirs, and at least as near to float64 as theirs."""
     ours, theirs = pair(name)
@@ -79,3 +85,44 @@ def test_alphas_stay_where_they_are():
     ours.add_noise(x.double(), noise, torch.tensor([5]))
     ours.add_noise(x.to("meta"), noise.to("meta")[:1], torch.tensor([5]))
     assert ours.alphas_cumprod is kept
+
+
+def run_with_noise(scheduler, x, noise):
+    """Every timestep of a run noised before and after the steps, which go on in between."""
+    scheduler.set_timesteps(10)
+    results, state = [], noise
+    for index, t in enumerate(scheduler.timesteps[:5]):
+        state = scheduler.step(network(state, t), t, state, return_dict=False)[0]
+        for timesteps in (
+            t,
+            scheduler.timesteps[index : index + 1],
+            scheduler.timesteps[index : index + 3],
+            t.expand(3),
+        ):
+            results.append(scheduler.add_noise(x, noise, timesteps.long()))
+    return [*results, state]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_between_steps(name):
+    """As in inpainting, with timesteps out of the schedule."""
+    x, noise = tensors((3, 4, 8, 8))
+    results = []
+    for scheduler in pair(name):
+        torch.manual_seed(0)
+        results.append(run_with_noise(scheduler, x, noise))
+    for our, their in zip(*results, strict=True):
+        assert relative(our, their) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS)
+def test_nothing_waits(name, method):
+    scheduler, _ = pair(name)
+    scheduler.set_timesteps(10)
+    x, noise = tensors((3, 4, 8, 8))
+    scheduler.timesteps = on_device(scheduler.timesteps)
+    expected = getattr(scheduler, method)(x, noise, scheduler.timesteps[2:5])
+    scheduler._scales = {place: on_device(scales) for place, scales in scheduler._scales.items()}
+    with the_device_is_not_read():
+        found = getattr(scheduler, method)(on_device(x), on_device(noise), scheduler.timesteps[2:5])
+    assert torch.equal(found.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))

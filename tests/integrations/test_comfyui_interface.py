@@ -11,7 +11,6 @@ from fastdiff.errors import InputError
 from fastdiff.integrations import k_diffusion
 
 # torchsde compares times as float32 and float64 numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:Should have")
 SEEDED = ("euler_ancestral", "ddpm", "lcm", "res_multistep", "seeds_2", "er_sde", "euler_ancestral_cfg_pp", "sa_solver")
 BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde_gpu")
 

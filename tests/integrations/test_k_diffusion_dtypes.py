@@ -22,7 +22,6 @@ TAKING_SIGMAS = [
     "dpmpp_3m_sde",
 ]
 NOISY = TAKING_SIGMAS[5:]
-pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")
 
 
 def run(module, name, half, dtype):

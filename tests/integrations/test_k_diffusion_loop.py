@@ -7,7 +7,7 @@ import torch
 from k_diffusion_drop_in import denoiser, distance, karras, start
 
 from fastdiff.integrations.k_diffusion import plans
-from fastdiff.integrations.k_diffusion.loop import Plan, read_levels, run
+from fastdiff.integrations.k_diffusion.loop import Plan, Rows, read_levels, run
 from fastdiff.samplers.table import make_row, make_table
 
 
@@ -43,3 +43,14 @@ def test_plans_are_kept():
     levels = read_levels(karras(6))
     assert plans.dpmpp_2m(levels, torch.float32) is plans.dpmpp_2m(read_levels(karras(6)), torch.float32)
     assert plans.dpmpp_2m(levels, torch.float32) is not plans.dpmpp_2m(levels, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_history_that_no_row_reads_is_forgotten(dtype):
+    levels, x, held = read_levels(karras(6)), start(20.0, dtype), []
+    table = plans.dpmpp_2m(levels, dtype).table
+    rows = Rows(table, x.device)
+    for row, level in enumerate(levels[:-1]):
+        x = rows.apply(row, x, denoiser(x, torch.full((len(x),), level)))
+        held.append(len(rows._history))
+    assert max(held) == table.depth == 1

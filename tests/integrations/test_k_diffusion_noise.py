@@ -11,7 +11,6 @@ from fastdiff.errors import InputError
 from fastdiff.integrations.k_diffusion import sampling as ours
 
 theirs = load().sampling
-pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")
 
 
 @pytest.mark.parametrize("seed", [None, 12, [3, 4]], ids=str)
@@ -47,11 +46,27 @@ def test_brownian_noise_without_torchsde(monkeypatch):
         ours.sample_dpmpp_2m_sde(lambda x, sigma: x, start(), karras(3), disable=True)
 
 
-def test_default_noise():
-    torch.manual_seed(1)
-    mine = ours.default_noise_sampler(start())(None, None)
-    torch.manual_seed(1)
-    assert torch.equal(mine, theirs.default_noise_sampler(start())(None, None))
+STATES = {
+    "float32": start(),
+    "float16": start(1.0, torch.float16),
+    "float64": start(1.0, torch.float64),
+    "channels last": start().contiguous(memory_format=torch.channels_last),
+    "transposed": start().transpose(1, 3),
+    "few": start().flatten()[:7],
+}
+
+
+@pytest.mark.parametrize("x", STATES.values(), ids=STATES)
+def test_default_noise(x):
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(1)
+        results.append((module.default_noise_sampler(x)(None, None), torch.get_rng_state()))
+    (mine, state), (other, their_state) = results
+    assert torch.equal(mine, other)
+    assert mine.dtype == other.dtype
+    assert mine.stride() == other.stride()
+    assert torch.equal(state, their_state)
 
 
 LEVELS = {

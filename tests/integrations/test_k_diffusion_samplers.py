@@ -32,8 +32,6 @@ GRIDS = {
     "even": torch.linspace(20.0, 0.5, 9),
     "float64": karras(5).double(),
 }
-# A Brownian path is told times that rounding has put beyond its ends, by torchsde's measure.
-pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")
 DRAWING = [name for name in OPTIONS if name not in ("lms", "dpmpp_2m", "euler", "heun", "dpm_2")]
 
 

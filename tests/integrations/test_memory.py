@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from drop_in import network
+from drop_in import made, network
 from torch import Tensor
 
 import fastdiff.integrations.diffusers as drop_in
@@ -57,7 +57,7 @@ def held(value: object, seen: set[int]) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_is_held_between_steps(name):
-    scheduler = getattr(drop_in, name)()
+    scheduler = made(drop_in, name)
     scheduler.set_timesteps(10)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     image = {"original_image": IMAGE, "mask": IMAGE} if name == "RePaintScheduler" else {}
@@ -66,3 +66,30 @@ def test_what_is_held_between_steps(name):
         x = scheduler.step(network(inputs, t), t, x, **image, return_dict=False)[0]
         storages = {tensor.untyped_storage()._cdata for tensor in held(scheduler, set())}
         assert len(storages) <= KEPT.get(name, 0)
+
+
+# Tensors that a step makes, in float32 and besides noise: the state, and the history or the data prediction it gives.
+MADE = {
+    "DPMSolverMultistepScheduler": 2,
+    "UniPCMultistepScheduler": 3,
+    "DEISMultistepScheduler": 2,
+    "EulerDiscreteScheduler": 2,
+    "DDIMScheduler": 2,
+    "FlowMatchEulerDiscreteScheduler": 1,
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_a_step_asks_for(name):
+    scheduler = getattr(drop_in, name)()
+    scheduler.set_timesteps(10)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for index, t in enumerate(scheduler.timesteps[:5]):
+        inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        output = network(inputs, t)
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            result = scheduler.step(output, t, x, return_dict=False)
+        asked = sum(max(event.self_cpu_memory_usage, 0) for event in profile.function_events)
+        x = result[0]
+        if index:  # the first step brings the table along
+            assert asked <= (MADE[name] + 0.01) * x.numel() * x.element_size()

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from drop_in import relative
+from drop_in import made, relative
 from torch import Tensor
 from waiting import OnDevice, Waited, nothing_is_read, on_device, the_device_is_not_read
 
@@ -43,7 +43,7 @@ BROWNIAN = ("DPMSolverSDEScheduler",)
 WATCHES = {"the device": the_device_is_not_read, "anything": nothing_is_read}
 
 
-def made(scheduler: Any, begin: bool = False) -> Any:
+def ready(scheduler: Any, begin: bool = False) -> Any:
     """With timesteps, and levels where its class keeps them there, on the device."""
     scheduler.set_timesteps(STEPS)
     if hasattr(scheduler, "set_sigmas"):
@@ -91,9 +91,9 @@ def test_no_step_waits(name, config, begin, watch):
         watch = the_device_is_not_read
     x = torch.randn(SHAPE)
     torch.manual_seed(0)
-    expected = list(states(made(getattr(drop_in, name)(**config), begin), x))
+    expected = list(states(ready(made(drop_in, name, config), begin), x))
     torch.manual_seed(0)
-    found = list(states(made(getattr(drop_in, name)(**config), begin), on_device(x), watch))
+    found = list(states(ready(made(drop_in, name, config), begin), on_device(x), watch))
     assert len(found) == len(expected) >= STEPS
     for ours, plain in zip(found, expected, strict=True):
         assert isinstance(ours, OnDevice)
@@ -104,13 +104,13 @@ def test_no_step_waits(name, config, begin, watch):
 def test_theirs_waits(name):
     """So the watch sees what there is to see: a timestep that is looked up."""
     with pytest.raises(Waited):
-        list(states(made(getattr(diffusers, name)()), on_device(torch.randn(SHAPE)), the_device_is_not_read))
+        list(states(ready(made(diffusers, name)), on_device(torch.randn(SHAPE)), the_device_is_not_read))
 
 
 @pytest.mark.parametrize(("name", "config"), [case for case in CASES if case[0] not in BROWNIAN], ids=str)
 def test_steps_without_values(name, config):
     """Meta tensors have none to read."""
-    scheduler = getattr(drop_in, name)(**config)
+    scheduler = made(drop_in, name, config)
     scheduler.set_timesteps(STEPS)
     if hasattr(scheduler, "set_sigmas"):
         scheduler.set_sigmas(STEPS)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from drop_in import SHAPE, assert_close_in_half, assert_parity, network, pair, relative
 
-pytestmark = pytest.mark.filterwarnings("ignore:Should have t[ab]")  # torchsde's, of the last digit of a level
 HEUN, DPM2, ANCESTRAL, SDE = (
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.measured import Solver
 from fastdiff.integrations.diffusers.multistep import MultistepScheduler
+from fastdiff.integrations.diffusers.noising import AddNoise
 
 
-class DEISMultistepScheduler(MultistepScheduler, diffusers.DEISMultistepScheduler):
+class DEISMultistepScheduler(AddNoise, MultistepScheduler, diffusers.DEISMultistepScheduler):
     """The steps of `deis`."""
 
+    _form = "vp"
     _solver = Solver(diffusers.DEISMultistepScheduler)
 
     def step(

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.measured import Solver
 from fastdiff.integrations.diffusers.multistep import MultistepScheduler
+from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import draw
 
 
-class DPMSolverSinglestepScheduler(MultistepScheduler, diffusers.DPMSolverSinglestepScheduler):
+class DPMSolverSinglestepScheduler(AddNoise, MultistepScheduler, diffusers.DPMSolverSinglestepScheduler):
     """The steps of `dpm_solver_singlestep` or `dpmpp_singlestep`, with the inner points on the grid."""
 
+    _form = "vp"
     _solver = Solver(diffusers.DPMSolverSinglestepScheduler, anchor="sample")
     order_list: list[int]
 

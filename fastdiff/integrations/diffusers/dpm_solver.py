@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.measured import Solver
 from fastdiff.integrations.diffusers.multistep import MultistepScheduler
+from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import draw
 
 
-class DPMSolverMultistepScheduler(MultistepScheduler, diffusers.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(AddNoise, MultistepScheduler, diffusers.DPMSolverMultistepScheduler):
     """The steps of `dpmpp_2m`, `dpmpp_3m`, `dpm_solver` or the SDE form of each, as the configuration says."""
 
+    _form = "vp"
     _solver = Solver(diffusers.DPMSolverMultistepScheduler)
 
     def step(

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.measured import Solver
 from fastdiff.integrations.diffusers.multistep import MultistepScheduler
+from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import draw
 
 
-class EDMDPMSolverMultistepScheduler(MultistepScheduler, diffusers.EDMDPMSolverMultistepScheduler):
+class EDMDPMSolverMultistepScheduler(AddNoise, MultistepScheduler, diffusers.EDMDPMSolverMultistepScheduler):
     """The steps of `dpmpp_2m`, `dpmpp_3m` or `dpmpp_2m_sde` for the prediction "edm"."""
 
     _solver = Solver(diffusers.EDMDPMSolverMultistepScheduler)

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from fastdiff import schedules
 from fastdiff.integrations.diffusers.euler import UNSCALED
-from fastdiff.integrations.diffusers.scheduler import draw
-from fastdiff.integrations.diffusers.sigma_space import ChurnScheduler, refuse_integer
+from fastdiff.integrations.diffusers.noising import AddNoise
+from fastdiff.integrations.diffusers.scheduler import draw, refuse_index
+from fastdiff.integrations.diffusers.sigma_space import ChurnScheduler
 from fastdiff.integrations.diffusers.tables import negated, table
 from fastdiff.samplers.table import StepTable
 from fastdiff.schedules import Schedule
 
 
-class EDMEulerScheduler(ChurnScheduler, Theirs):
+class EDMEulerScheduler(AddNoise, ChurnScheduler, Theirs):
     """Rows of `euler` for the prediction "edm", with churn whose network call comes before the noise."""
 
     _given: bool = False
@@ -61,7 +62,7 @@ class EDMEulerScheduler(ChurnScheduler, Theirs):
     ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor | None]:
         """The state at the next timestep, in the dtype of `model_output`, and the data prediction: the given one, or
         that of the network."""
-        refuse_integer("EDMEulerScheduler", timestep)
+        refuse_index(timestep)
         if not self.is_scale_input_called:
             scheduling_edm_euler.logger.warning(UNSCALED)
         churn, given = (s_churn, s_tmin, s_tmax, s_noise), pred_original_sample is not None

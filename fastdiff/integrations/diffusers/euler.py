@@ -12,14 +12,15 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.scheduler import draw
-from fastdiff.integrations.diffusers.sigma_space import ChurnScheduler, SigmaScheduler, refuse_integer
+from fastdiff.integrations.diffusers.noising import AddNoise
+from fastdiff.integrations.diffusers.scheduler import draw, refuse_index
+from fastdiff.integrations.diffusers.sigma_space import ChurnScheduler, SigmaScheduler
 from fastdiff.samplers.table import StepTable
 
 UNSCALED = "step: scale_model_input was not called before it, so the network was given an input of another size"
 
 
-class EulerDiscreteScheduler(ChurnScheduler, Theirs):
+class EulerDiscreteScheduler(AddNoise, ChurnScheduler, Theirs):
     """Rows of `euler`, with churn whose network call comes before the noise."""
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
@@ -38,7 +39,7 @@ class EulerDiscreteScheduler(ChurnScheduler, Theirs):
         return_dict: bool = True,
     ) -> EulerDiscreteSchedulerOutput | tuple[Tensor, Tensor | None]:
         """The state at the next timestep, in the dtype of `model_output`, and the data prediction."""
-        refuse_integer("EulerDiscreteScheduler", timestep)
+        refuse_index(timestep)
         if not self.is_scale_input_called:
             scheduling_euler_discrete.logger.warning(UNSCALED)
         churn = (s_churn, s_tmin, s_tmax, s_noise)
@@ -55,7 +56,7 @@ class EulerDiscreteScheduler(ChurnScheduler, Theirs):
         return EulerDiscreteSchedulerOutput(x, data) if return_dict else (x, data)
 
 
-class EulerAncestralDiscreteScheduler(SigmaScheduler, TheirAncestral):
+class EulerAncestralDiscreteScheduler(AddNoise, SigmaScheduler, TheirAncestral):
     """Rows of `euler_ancestral`."""
 
     unfinished = ("sample",)
@@ -72,7 +73,7 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler, TheirAncestral):
         return_dict: bool = True,
     ) -> EulerAncestralDiscreteSchedulerOutput | tuple[Tensor, Tensor | None]:
         """The state at the next timestep, in the dtype of `model_output`, and the data prediction."""
-        refuse_integer("EulerAncestralDiscreteScheduler", timestep)
+        refuse_index(timestep)
         if not self.is_scale_input_called:
             scheduling_euler_ancestral_discrete.logger.warning(UNSCALED)
         if sample.shape != model_output.shape:

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOut
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.euler import UNSCALED
+from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import Run
 from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler, history_of, result_dtype
 from fastdiff.ops.row import INPUTS, NEW_X
@@ -21,7 +22,7 @@ _MOST_SLOPES = 4
 _MOST_TERMS = 8.0
 
 
-class LMSDiscreteScheduler(SigmaScheduler, Theirs):
+class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
     """Rows of `lms`, which every step may have another order of.
 
     `derivatives`, oldest first, is what the rows read; they are float32.

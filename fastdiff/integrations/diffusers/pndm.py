@@ -11,6 +11,7 @@ from diffusers import PNDMScheduler as Theirs
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.alphas_cumprod import Noising
 from fastdiff.integrations.diffusers.scheduler import Run, Scheduler
 from fastdiff.integrations.diffusers.sigma_space import SPACE, history_of, result_dtype
 from fastdiff.samplers.grid import Grid
@@ -26,7 +27,7 @@ _SHARES = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 """Of the four calls of a Runge-Kutta step, in its last one."""
 
 
-class PNDMScheduler(Scheduler, Theirs):
+class PNDMScheduler(Noising, Scheduler, Theirs):
     """Rows of phi of `pndm`, one for each call.
 
     A call is made from what diffusers keeps in public (`counter`, `ets`, `cur_sample`, `cur_model_output`), so that it

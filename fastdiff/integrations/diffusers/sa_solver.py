@@ -11,6 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.alphas_cumprod import Noising
 from fastdiff.integrations.diffusers.measured import Solver
 from fastdiff.integrations.diffusers.multistep import MultistepScheduler
 from fastdiff.integrations.diffusers.scheduler import draw
@@ -29,7 +30,7 @@ class _Taus:
         return self.values[self.times.index(timestep)]
 
 
-class SASolverScheduler(MultistepScheduler, diffusers.SASolverScheduler):
+class SASolverScheduler(Noising, MultistepScheduler, diffusers.SASolverScheduler):
     """The steps of `sa_solver`.
 
     Where terms cancel ("noise_prediction", thresholding of what follows from epsilon) the steps are diffusers' own.

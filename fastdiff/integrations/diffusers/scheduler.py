@@ -10,11 +10,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.config import use_backend
+from fastdiff.integrations import in_pytorch
 from fastdiff.integrations.diffusers.tables import DataSlot, data_slot
 from fastdiff.samplers.table import StepTable
 
 __all__ = ["IndexedScheduler", "Run", "Scheduler", "draw", "refuse_index"]
+
+_WHOLE = (torch.int32, torch.int64)
 
 
 @dataclass
@@ -115,11 +117,7 @@ class Scheduler:
                 sample = sample.double()
             elif sample.dtype is not torch.float32:
                 sample = sample.float()
-        if (sample.requires_grad or model_output.requires_grad) and torch.is_grad_enabled():
-            with use_backend("reference"):
-                x, data = _step(run, row, sample, model_output, noise, options)
-        else:
-            x, data = _step(run, row, sample, model_output, noise, options)
+        x, data = _step(run, row, sample, model_output, noise, options)
         return x if dtype is None or x.dtype == dtype else x.to(dtype), data
 
 
@@ -222,9 +220,13 @@ def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tens
 
 
 def refuse_index(timestep: Any) -> None:
-    """ValueError for a whole number, which is an index rather than a timestep."""
-    if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
-        raise ValueError(f"step: expected one of the scheduler's timesteps, got the whole number {timestep!r}")
+    """ValueError for an integer, which is an index rather than a timestep."""
+    whole = timestep.is_cpu and timestep.dtype in _WHOLE if isinstance(timestep, Tensor) else isinstance(timestep, int)
+    if whole:
+        raise ValueError(
+            f"timestep: expected one of the scheduler's timesteps, got the integer {timestep!r}; "
+            "pass the elements of scheduler.timesteps, not their indices"
+        )
 
 
 def _step(
@@ -236,24 +238,25 @@ def _step(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     table = run.table
-    use, rows = table.uses[row], table.tensor(sample.device)
-    if table.threshold is not None and use.data:
-        percentile, maximum = table.threshold.percentile, table.threshold.maximum
-        options["scales"] = ops.dynamic_threshold(
-            sample, model_output, rows, row, percentile=percentile, maximum=maximum
-        )
-    step = ops.sampler_step(
-        sample,
-        model_output,
-        rows,
-        row,
+    use = table.uses[row]
+    options.update(
         anchor=run.anchor if use.anchor else None,
         history=run.history[: use.history],
         noise=noise if use.noise else None,
         new_history=use.new_history,
         new_anchor=use.new_anchor,
-        **options,
     )
+    recorded = (sample.requires_grad or model_output.requires_grad) and torch.is_grad_enabled()
+    if recorded or sample.dtype is torch.float64 or model_output.dtype is torch.float64:
+        step = in_pytorch.sampler_step(table, row, sample, model_output, **options)
+    else:
+        rows = table.tensor(sample.device)
+        if table.threshold is not None and use.data:
+            percentile, maximum = table.threshold.percentile, table.threshold.maximum
+            options["scales"] = ops.dynamic_threshold(
+                sample, model_output, rows, row, percentile=percentile, maximum=maximum
+            )
+        step = ops.sampler_step(sample, model_output, rows, row, **options)
     if run.data == "history":
         data = step.history
     else:

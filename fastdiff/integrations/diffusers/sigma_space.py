@@ -137,16 +137,6 @@ class ChurnScheduler(SigmaScheduler):
         return {"churn_call": "before", "s_churn": s_churn, "s_tmin": low, "s_tmax": high, "s_noise": s_noise}
 
 
-def refuse_integer(name: str, timestep: Any) -> None:
-    """ValueError for what looks like a step's number: an int, or an integer tensor on the CPU."""
-    if not isinstance(timestep, Tensor):
-        refused = isinstance(timestep, int)
-    else:
-        refused = timestep.dtype in (torch.int64, torch.int32) and timestep.is_cpu
-    if refused:
-        raise ValueError(f"{name}.step: expected one of scheduler.timesteps, got an integer; pass the timestep itself")
-
-
 def result_dtype(sample: Tensor, model_output: Tensor) -> torch.dtype:
     """The dtype of diffusers' result where it converts nothing."""
     dtype = sample.dtype

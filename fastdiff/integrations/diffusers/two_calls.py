@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import Run
 from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler, keeps_digits
 
@@ -16,7 +17,7 @@ _MOST_RATIO = 64.0
 """Of two levels: the slope at the second has the rounding of the state divided by that level."""
 
 
-class TwoCallScheduler(SigmaScheduler):
+class TwoCallScheduler(AddNoise, SigmaScheduler):
     """Index 2 k is the first call of step k, index 2 k + 1 its second; the last step, to sigma = 0, has one.
 
     Which of the two is due stands in public fields of diffusers' (`state_in_first_order`). Where that is not what the

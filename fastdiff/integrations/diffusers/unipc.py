@@ -11,14 +11,16 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.measured import Solver
 from fastdiff.integrations.diffusers.multistep import MultistepScheduler
+from fastdiff.integrations.diffusers.noising import AddNoise
 
 
-class UniPCMultistepScheduler(MultistepScheduler, diffusers.UniPCMultistepScheduler):
+class UniPCMultistepScheduler(AddNoise, MultistepScheduler, diffusers.UniPCMultistepScheduler):
     """The steps of `unipc`.
 
     With another scheduler as `solver_p`, or with `predict_x0=False`, whose terms cancel, the steps are diffusers' own.
     """
 
+    _form = "vp"
     _solver = Solver(diffusers.UniPCMultistepScheduler, anchor="last_sample", corrector="multistep_uni_c_bh_update")
     disable_corrector: list[int]
     predict_x0: bool

@@ -17,7 +17,7 @@ from tqdm.auto import trange
 
 from fastdiff import ops
 from fastdiff.errors import InputError
-from fastdiff.ops import reference
+from fastdiff.integrations import in_pytorch
 from fastdiff.samplers.table import StepTable
 
 Model = Callable[..., Tensor]
@@ -52,7 +52,6 @@ class Rows:
 
     def __init__(self, table: StepTable, device: torch.device) -> None:
         self._table, self._coefficients = table, table.tensor(device)
-        self._exact: Tensor | None = None
         self._history: tuple[Tensor, ...] = ()
         self._anchor: Tensor | None = None
 
@@ -77,55 +76,14 @@ class Rows:
             "new_anchor": use.new_anchor,
         }
         if x.dtype == torch.float64:
-            # On the host, where the specification reads them.
-            self._exact = torch.tensor(self._table.rows) if self._exact is None else self._exact
-            step = _apply_in_float64(self._exact, row, x, denoised, **given)
+            step = in_pytorch.sampler_step(self._table, row, x, denoised, **given)
         else:
             step = ops.sampler_step(x, denoised, self._coefficients, row, **given)
         if step.history is not None:
-            self._history = (step.history, *self._history[:2])
+            self._history = (step.history, *self._history)[: self._table.depth]
         if step.anchor is not None:
             self._anchor = step.anchor
         return step.x
-
-
-def _apply_in_float64(
-    table: Tensor,
-    row: int,
-    x: Tensor,
-    denoised: Tensor,
-    *,
-    anchor: Tensor | None,
-    history: Sequence[Tensor],
-    noise: Tensor | None,
-    new_history: bool,
-    new_anchor: bool,
-) -> ops.StepOutput:
-    """The operator's specification with coefficients that are not rounded to float32."""
-    hist1, hist2, hist3 = [*history, None, None, None][:3]
-    step = reference.sampler_step(
-        x,
-        denoised,
-        table,
-        row,
-        counter=None,
-        anchor=anchor,
-        hist1=hist1,
-        hist2=hist2,
-        hist3=hist3,
-        noise=noise,
-        seeds=None,
-        weights=None,
-        scales=None,
-        known=None,
-        known_noise=None,
-        mask=None,
-        new_history=new_history,
-        new_anchor=new_anchor,
-        copies=None,
-        model_input=None,
-    )
-    return ops.StepOutput(step[0], step[1] if new_history else None, step[2] if new_anchor else None, None)
 
 
 def run(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import ops
 from fastdiff.errors import InputError
 from fastdiff.integrations.k_diffusion.loop import Draw, Plan
 
@@ -16,6 +17,8 @@ NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 def normal_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Standard normal noise from PyTorch's own generator, laid out as x is: so the same number goes to each element."""
+    if x.is_cpu and x.is_contiguous():
+        return ops.torch_normal(x.shape, dtype=dtype or x.dtype)
     return torch.randn_like(x, dtype=dtype)
 
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import ops
+from fastdiff.integrations.k_diffusion.noise import default_noise_sampler
+
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 # What ComfyUI hands on with every call of a sampler, and nothing else does.
 ARGUMENTS = {"model_options", "seed", "denoise_mask"}
@@ -45,12 +48,12 @@ def noise_source(x: Tensor, extra_args: dict[str, Any] | None) -> NoiseSampler:
     the seed plus 1, so that it is not the starting noise again; without a seed from PyTorch's own."""
     seed = (extra_args or {}).get("seed")
     if seed is None:
-        return lambda sigma, sigma_next: torch.randn_like(x)
+        return default_noise_sampler(x)
     generator = torch.Generator(device=x.device)
     generator.manual_seed(seed + 1 if x.device.type == "cpu" else seed)
 
     def noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        return torch.randn(x.size(), dtype=x.dtype, layout=x.layout, device=x.device, generator=generator)
+        return ops.torch_normal(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
     return noise
 

@@ -18,6 +18,7 @@ from fastdiff.integrations.k_diffusion.comfyui import ancestral, plans
 from fastdiff.integrations.k_diffusion.comfyui.model import NoiseSampler, conventions, noise_source
 from fastdiff.integrations.k_diffusion.comfyui.running import run_of
 from fastdiff.integrations.k_diffusion.loop import run as run_rows
+from fastdiff.integrations.k_diffusion.noise import normal_like
 from fastdiff.ops.row import NEW_X
 
 
@@ -140,10 +141,10 @@ def churned(
     def draw(step: int, call: int, dtype: torch.dtype) -> Any:
         """What raises the next step's level: the last row of this one adds it."""
         last = call + 1 == plan.counts[step] and step + 1 < setup.steps
-        return torch.randn_like(start, dtype=dtype) if last and (always or plan.gammas[step + 1] > 0.0) else None
+        return normal_like(start, dtype=dtype) if last and (always or plan.gammas[step + 1] > 0.0) else None
 
     if always or plan.gammas[0] > 0.0:
-        x = x + torch.randn_like(x) * plan.first_noise
+        x = x + normal_like(x) * plan.first_noise
     bar = trange(setup.steps, disable=disable)
     return run_rows(model, x, sigmas, plan, bar, extra_args=extra_args, callback=callback, draw=draw)
 
