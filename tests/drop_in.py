@@ -87,7 +87,7 @@ def assert_parity(
         scheduler.set_timesteps(**arguments)
         if begin is not None:
             scheduler.set_begin_index(begin)
-    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0.0, atol=0.0, equal_nan=True)
     generators = [torch.Generator().manual_seed(7) for _ in range(2)]
     takes = "generator" in inspect.signature(theirs.step).parameters
     x = start(theirs, shape, dtype)

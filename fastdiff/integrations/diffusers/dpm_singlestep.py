@@ -28,6 +28,9 @@ class DPMSolverSinglestepScheduler(AddNoise, MultistepScheduler, diffusers.DPMSo
     def _taken(self) -> int:
         return sum(output is not None for output in self.model_outputs[1:])
 
+    def _counted(self) -> int:
+        return self._memory()
+
     def _settings(self) -> tuple[tuple[str, Hashable], ...]:
         return (("order_list", tuple(self.order_list)),)
 

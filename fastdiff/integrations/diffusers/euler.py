@@ -47,7 +47,7 @@ class EulerDiscreteScheduler(AddNoise, ChurnScheduler, Theirs):
             return Theirs.step(self, model_output, timestep, sample, *churn, generator, return_dict)
         run, row = self._at(timestep)
         if row in self._theirs:
-            return Theirs.step(self, model_output, timestep, sample, *churn, generator, return_dict)
+            return self._leave(model_output, timestep, sample, *churn, generator, return_dict)
         noise = draw(model_output, generator) if self._raised[row] else None
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
         self._step_index += 1
@@ -80,7 +80,7 @@ class EulerAncestralDiscreteScheduler(AddNoise, SigmaScheduler, TheirAncestral):
             return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         run, row = self._at(timestep)
         if row in self._theirs:
-            return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
+            return self._leave(model_output, timestep, sample, generator, return_dict)
         noise = draw(model_output, generator)
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
         self._step_index += 1

@@ -72,7 +72,7 @@ class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
         if row in self._theirs:
             # As diffusers itself would have kept them.
             self.derivatives = [slope.to(dtype) for slope in self.derivatives]
-            return Theirs.step(self, model_output, timestep, sample, order, return_dict)
+            return self._leave(model_output, timestep, sample, order, return_dict)
         run.history = history_of(self.derivatives, run.table.uses[row].history, sample)
         x, data = self._apply(run, row, sample, model_output, dtype=dtype)
         data = model_output if data is None else data.to(dtype)

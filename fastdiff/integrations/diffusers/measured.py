@@ -252,7 +252,7 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> Measured:
     rows = np.stack([_row(*pair) for pair in zip(steps, [*steps[1:], None], strict=True)])
     read = {name for i, name in enumerate(INPUTS) if rows[:, [NEW_X.start + i, NEW_ANCHOR.start + i]].any()}
     theirs = frozenset(i for i, step in enumerate(steps) if not step.exact and probe.solver.mixes)
-    if not theirs and not read.intersection(HISTORY):
+    if not theirs and not scheduler._counted() and not read.intersection(HISTORY):
         rows[:, NEW_HISTORY] = 0.0
     if not theirs and "anchor" not in read:
         rows[:, NEW_ANCHOR] = 0.0

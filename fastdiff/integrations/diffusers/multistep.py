@@ -34,6 +34,10 @@ class MultistepScheduler(IndexedScheduler):
     def _memory(self) -> int:
         return len(self.model_outputs)
 
+    def _counted(self) -> int:
+        """How many outputs are kept though no row may read them, since the steps are counted by them."""
+        return 0
+
     def _settings(self) -> tuple[tuple[str, Hashable], ...]:
         """Attributes that the steps depend on, as `measured` takes them."""
         return ()
@@ -105,9 +109,12 @@ class MultistepScheduler(IndexedScheduler):
         if use.new_history:
             del outputs[0]
             outputs.append(run.history[0])
-            if not self._steps.theirs:
-                unread = len(outputs) - run.table.depth
-                outputs[:unread] = [None] * unread
+            kept = max(run.table.depth, self._counted())
+            if self._steps.theirs:
+                # What a step of theirs may read: a corrector all of them, a predictor all but the one that it forgets.
+                kept = len(outputs) - (self._solver.corrector is None)
+            unread = len(outputs) - kept
+            outputs[:unread] = [None] * unread
         if use.new_anchor:
             self._keep(run.anchor)
         self._advance()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.alphas_cumprod import Noising
 from fastdiff.integrations.diffusers.scheduler import Run, Scheduler
-from fastdiff.integrations.diffusers.sigma_space import SPACE, history_of, result_dtype
+from fastdiff.integrations.diffusers.sigma_space import MOST_SHRINK, SPACE, history_of, result_dtype
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.pndm import Call, separate_calls
 from fastdiff.samplers.problem import Point, Problem
@@ -57,10 +57,21 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Places the timesteps; the schedule is read here, as `add_noise` may move it to another device."""
         Theirs.set_timesteps(self, num_inference_steps, device)
-        self._levels = self._read_levels()
+        self._levels = None
+        self._read_levels()
 
     def _read_levels(self) -> tuple[list[float], float]:
-        return self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
+        # Not yet known of a scheduler that was diffusers' own when its timesteps were set.
+        if self._levels is None:
+            self._levels = self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
+        return self._levels
+
+    def _keeps_digits(self, start: int, end: int) -> bool:
+        """Whether the state of that phi is not what diffusers' rounding leaves of two terms that cancel."""
+        products, final = self._read_levels()
+        if start >= len(products):
+            return True
+        return (products[end] if end >= 0 else final) < MOST_SHRINK**2 * products[start]
 
     def step_prk(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
@@ -71,6 +82,8 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
             return Theirs.step_prk(self, model_output, timestep, sample, return_dict)
         phase, outputs = self.counter % 4, [model_output]
         start, end, weights = self._prk_key(self.counter, int(self._time(timestep)))
+        if not self._keeps_digits(start, end):
+            return Theirs.step_prk(self, model_output, timestep, sample, return_dict)
         if phase == 0:
             self.ets.append(model_output)
             self.cur_sample = sample
@@ -96,10 +109,12 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
             )
         if sample.shape != model_output.shape:
             return Theirs.step_plms(self, model_output, timestep, sample, return_dict)
+        known = len(self.ets) if self.counter == 1 else min(len(self.ets), 3) + 1
+        key = self._plms_key(self.counter, int(self._time(timestep)), known)
+        if not self._keeps_digits(*key[:2]):
+            return Theirs.step_plms(self, model_output, timestep, sample, return_dict)
         if self.counter != 1:
-            self.ets = self.ets[-3:]
-            self.ets.append(model_output)
-        key = self._plms_key(self.counter, int(self._time(timestep)), len(self.ets))
+            self.ets = [*self.ets[-3:], model_output]
         if len(self.ets) == 1 and self.counter < 2:
             outputs = [model_output, *self.ets] if self.counter else [model_output]
             first, self.cur_sample = self.cur_sample, None if self.counter else sample
@@ -142,10 +157,7 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
 
     def _plan(self, key: Key, timestep: Any) -> Run:
         """The rows of this call and of those that follow it in a regular run."""
-        if self._levels is None:
-            # A scheduler that was diffusers' own when its timesteps were set.
-            self._levels = self._read_levels()
-        products, final = self._levels
+        products, final = self._read_levels()
         following = (each for each in self._following(timestep) if each[0] < len(products))
         keys = list(dict.fromkeys([key, *following]))
         ends = [products[end] if end >= 0 else final for _, end, _ in keys]

@@ -18,8 +18,8 @@ from fastdiff.samplers.table import StepTable
 
 SPACE = schedules.linear()
 """Any schedule that keeps the variance: the levels are the scheduler's own, and nothing else is asked of it."""
-_MOST_SHRINK = 16.0
-"""A state so many times smaller is what is left when terms cancel: in float32 it shows in 1e-6 how they are rounded."""
+MOST_SHRINK = 16.0
+"""So many times smaller, a state is what is left when terms cancel: it shows in 1e-6 how float32 rounds them."""
 
 
 class SigmaScheduler(IndexedScheduler):
@@ -43,6 +43,15 @@ class SigmaScheduler(IndexedScheduler):
     def _begin(self, index: int) -> Run:
         self._theirs = frozenset(self._left(self._sigma_values))
         return super()._begin(0)
+
+    def _leave(self, *arguments: Any) -> Any:
+        """diffusers' own step, with levels as numbers of the same dtype: those it can compare without reading them."""
+        sigmas = self._sigmas
+        self._sigmas = np.array(self._sigma_values, dtype=str(sigmas.dtype).removeprefix("torch."))  # type: ignore[assignment]
+        try:
+            return super().step(*arguments)  # type: ignore[misc]
+        finally:
+            self._sigmas = sigmas
 
     def _left(self, sigmas: Sequence[float]) -> Iterator[int]:
         """Indices of the steps whose result is what diffusers' rounding leaves, or no number; and those after the last
@@ -91,7 +100,7 @@ class SigmaScheduler(IndexedScheduler):
 
 def keeps_digits(start: float, end: float) -> bool:
     """Whether a step between these levels makes a state that is not much smaller than the terms it is the sum of."""
-    return start > 0.0 and math.hypot(1.0, start) < _MOST_SHRINK * math.hypot(1.0, end)
+    return start > 0.0 and math.hypot(1.0, start) < MOST_SHRINK * math.hypot(1.0, end)
 
 
 NO_CHURN = (0.0, 0.0, math.inf, 1.0)

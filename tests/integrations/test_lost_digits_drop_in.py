@@ -1,0 +1,142 @@
+"""Schedules on which a step of diffusers is what its rounding leaves, or has no level to go from or to."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from drop_in import SHAPE, assert_parity, network, pair
+from torch import Tensor
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+SHORT = {"trained_betas": np.linspace(1e-3, 0.02, 200).tolist()}
+"""Fewer betas than timesteps: the first levels of a run are equal."""
+ONE_CALL = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
+TWO_CALLS = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+)
+
+
+def normal_network(x: Tensor, t: object) -> Tensor:
+    """An output of standard deviation 1, as of networks whose input is not scaled."""
+    m = network(x, t).float()
+    return (m / m.std().clamp(min=1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ONE_CALL + TWO_CALLS)
+def test_cosine_schedule(name: str, kind: str, steps: int) -> None:
+    assert_parity(name, {**COSINE, "prediction_type": kind}, steps=steps, model=normal_network)
+
+
+@pytest.mark.parametrize(("name", "steps"), product(("HeunDiscreteScheduler", "EulerDiscreteScheduler"), (1, 2, 10)))
+def test_data_prediction_on_the_cosine_schedule(name: str, steps: int) -> None:
+    config = {**COSINE, "prediction_type": "sample", "timestep_spacing": "trailing"}
+    assert_parity(name, config, steps=steps, model=normal_network)
+
+
+@pytest.mark.parametrize("sigmas", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"])
+def test_spacings_of_the_cosine_schedule(name: str, sigmas: str) -> None:
+    assert_parity(name, {**COSINE, sigmas: True}, steps=5, model=normal_network)
+
+
+def test_churn_on_the_cosine_schedule() -> None:
+    config = {**COSINE, "prediction_type": "v_prediction"}
+    assert_parity("EulerDiscreteScheduler", config, steps=3, step_options={"s_churn": 5.0}, model=normal_network)
+
+
+def test_two_steps_of_edm() -> None:
+    assert_parity(
+        "EDMEulerScheduler", {"sigma_min": 0.02}, steps=2, step_options={"s_churn": 5.0}, model=normal_network
+    )
+
+
+@pytest.mark.parametrize("name", [*ONE_CALL, *TWO_CALLS, "DEISMultistepScheduler", "UniPCMultistepScheduler"])
+def test_equal_levels(name: str) -> None:
+    config = {**SHORT, "timestep_spacing": "leading"}
+    assert_parity(name, config, steps=10, model=normal_network)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_slopes_in_half_precision_of_both(dtype: torch.dtype) -> None:
+    """Each of them is kept by whoever took the step."""
+    ours, theirs = pair("LMSDiscreteScheduler", {**COSINE, "use_karras_sigmas": True})
+    x = torch.ones(SHAPE, dtype=dtype)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(5)
+    for t in theirs.timesteps:
+        assert [s.step(network(x, t), t, x).prev_sample.dtype for s in (ours, theirs)] == [dtype, dtype]
+
+
+def test_two_call_run_from_the_second_of_equal_timesteps() -> None:
+    """It ends after the last timestep, at a level that no row starts from."""
+    config = {**COSINE, "use_karras_sigmas": True}
+    assert_parity("KDPM2AncestralDiscreteScheduler", config, steps=7, model=normal_network)
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverSinglestepScheduler"])
+def test_multistep_run_from_the_second_of_equal_timesteps(name: str) -> None:
+    """As many steps as diffusers can take, and then the error that it raises."""
+    config = {**COSINE, "use_beta_sigmas": True, "prediction_type": "flow_prediction", "final_sigmas_type": "sigma_min"}
+    ends = []
+    for scheduler in pair(name, {**config, "solver_order": 2, "lower_order_final": True}):
+        scheduler.set_timesteps(3)
+        x, results = torch.ones(SHAPE), []
+        try:
+            for t in scheduler.timesteps:
+                x = scheduler.step(0.5 * x, t, x).prev_sample
+                results.append(x)
+        except (AssertionError, IndexError) as error:
+            ends.append((type(error), len(results)))
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("steps", [4, 5, 10])
+@pytest.mark.parametrize("order", [2, 3])
+def test_singlestep_that_reads_no_earlier_output(order: int, steps: int) -> None:
+    """Halfway in lambda the midpoint method has no weight for the first output; the steps are counted all the same."""
+    config = {"use_exponential_sigmas": True, "solver_order": order}
+    assert_parity("DPMSolverSinglestepScheduler", config, steps=steps)
+
+
+@pytest.mark.parametrize("begin", [None, 0])
+def test_flow_of_one_step_with_a_terminal_shift(begin: int | None) -> None:
+    """diffusers divides by zero: no level is a number, and neither is a timestep."""
+    errors, results = [], []
+    for scheduler in pair("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}):
+        scheduler.set_timesteps(1)
+        if begin is not None:
+            scheduler.set_begin_index(begin)
+        x = torch.ones(SHAPE)
+        try:
+            results.append(scheduler.step(x, scheduler.timesteps[0], x).prev_sample)
+        except IndexError as error:
+            errors.append(type(error))
+    assert len(errors) in (0, 2)
+    assert all(result.isnan().all() for result in results)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("skips", [True, False])
+def test_pndm_on_the_cosine_schedule(skips: bool, kind: str) -> None:
+    config = {**COSINE, "prediction_type": kind, "skip_prk_steps": skips}
+    assert_parity("PNDMScheduler", config, steps=20, model=normal_network)
+
+
+@pytest.mark.parametrize("name", ONE_CALL + TWO_CALLS)
+def test_usual_schedules_have_a_row_for_each_step(name: str) -> None:
+    for config in ({}, {"beta_schedule": "scaled_linear", "beta_end": 0.012}):
+        ours, _ = pair(name, config)
+        ours.set_timesteps(10)
+        x = torch.ones(SHAPE)
+        for t in ours.timesteps:
+            x = ours.step(network(ours.scale_model_input(x, t), t), t, x).prev_sample
+        assert not ours._theirs.intersection(range(len(ours.timesteps)))
