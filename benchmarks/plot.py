@@ -20,7 +20,7 @@ def plot(rows: Sequence[Row], out: Path) -> None:
 
     chosen = [row for row in rows if row["chosen"] == "yes"]
     operators = list(dict.fromkeys(row["operator"] for row in chosen))
-    colours = dict(zip(operators, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colours = dict(zip(operators, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     figure, axes = pyplot.subplots(figsize=(9, 0.24 * len(chosen) + 1.2), layout="constrained")
     places = range(len(chosen))
     bars = axes.barh(
@@ -31,8 +31,12 @@ def plot(rows: Sequence[Row], out: Path) -> None:
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
     axes.set_yticks(places, [row["case"] for row in chosen], fontsize=7)
     axes.set_ylim(len(chosen) - 0.4, -0.6)
+    axes.set_xscale("log")
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("times as fast as the baseline (PyTorch, or diffusers for sampler_step); 1 = equal", fontsize=8)
+    axes.set_xlabel(
+        "times as fast as the baseline (PyTorch; diffusers for sampler_step and drop_in), logarithmic; 1 = equal",
+        fontsize=8,
+    )
     axes.set_title(caption(rows), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=130)
