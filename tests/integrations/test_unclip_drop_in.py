@@ -82,3 +82,19 @@ def test_half(dtype):
             assert our.dtype == their.dtype
             assert relative(our, true) <= 1.01 * relative(their, true) + 2.0**-23
         x = results[0][0]
+
+
+def test_the_data_prediction_near_pure_noise():
+    """At the first step x - sigma m cancels, and 1/alpha is 20000: the difference has to be taken first."""
+    ours, theirs = pair(NAME)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(SHAPE, generator=generator)
+        m = x * (1.0 + 1e-5 * torch.randn(SHAPE, generator=generator))
+        results = [
+            scheduler.step(m, scheduler.timesteps[0], x, generator=torch.Generator().manual_seed(seed))
+            for scheduler in (ours, theirs)
+        ]
+        assert relative(results[0].pred_original_sample, results[1].pred_original_sample) < 1e-6

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdiff import samplers, schedules
-from fastdiff.integrations.diffusers.tables import giving_data
+from fastdiff.integrations.diffusers.tables import differenced, giving_data
 from fastdiff.ops.row import NEW_ANCHOR, NEW_X
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.problem import End, Problem, Threshold
@@ -76,7 +76,7 @@ def _made(
             made = samplers.find(method).rows(_problem(some, prediction, clip, threshold), **more)
         except (ValueError, ZeroDivisionError):
             return None
-        return giving_data(made) if gives_data else made
+        return differenced(giving_data(made) if gives_data else made)
 
     table = rows(steps)
     if table is not None:

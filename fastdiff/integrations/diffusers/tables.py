@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fastdiff import samplers, schedules
-from fastdiff.ops.row import INPUTS, KNOWN, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
+from fastdiff.ops.row import CLIP, INPUTS, KNOWN, NEW_ANCHOR, NEW_HISTORY, NEW_X, PREDICTION
 from fastdiff.samplers.grid import Grid
 from fastdiff.samplers.problem import Problem, Threshold
 from fastdiff.samplers.table import StepTable
@@ -92,7 +92,25 @@ def _table(
 ) -> StepTable:
     grid = Grid(np.array(timesteps), np.array(alphas), np.array(sigmas), skipped)
     made = samplers.find(method).rows(Problem(schedule, grid, prediction, clip, threshold), **dict(options))
-    return giving_data(made) if gives_data else made
+    return differenced(giving_data(made) if gives_data else made)
+
+
+def differenced(made: StepTable) -> StepTable:
+    """The same table with (x - sigma m) in place of D = (x - sigma m) / alpha, and 1/alpha in what is made of it.
+
+    diffusers takes the difference first. Near pure noise it cancels, and 1/alpha is in the thousands, so that the other
+    order would round to another D.
+    """
+    scale = np.maximum(made.rows[:, PREDICTION.start], 1.0)
+    if made.threshold is not None or np.all(scale == 1.0):
+        return made
+    rows = made.rows.copy()
+    rows[:, PREDICTION] /= scale[:, None]
+    rows[:, CLIP] /= scale
+    for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
+        rows[:, slot.start + INPUTS.index("D")] *= scale
+    rows.flags.writeable = False
+    return made.with_rows(rows)
 
 
 def giving_data(made: StepTable) -> StepTable:
