@@ -35,7 +35,9 @@ def test_cosine_schedule(name: str, kind: str, steps: int) -> None:
     assert_parity(name, {**COSINE, "prediction_type": kind}, steps=steps, model=normal_network)
 
 
-@pytest.mark.parametrize(("name", "steps"), product(("HeunDiscreteScheduler", "EulerDiscreteScheduler"), (1, 2, 10)))
+@pytest.mark.parametrize(
+    ("name", "steps"), list(product(("HeunDiscreteScheduler", "EulerDiscreteScheduler"), (1, 2, 10)))
+)
 def test_data_prediction_on_the_cosine_schedule(name: str, steps: int) -> None:
     config = {**COSINE, "prediction_type": "sample", "timestep_spacing": "trailing"}
     assert_parity(name, config, steps=steps, model=normal_network)
