@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.integrations import in_pytorch
 from fastdiff.integrations.diffusers.tables import DataSlot, data_slot
+from fastdiff.ops.dispatch import plain_step
 from fastdiff.samplers.table import StepTable
 
 __all__ = ["IndexedScheduler", "Run", "Scheduler", "draw", "refuse_index"]
@@ -239,30 +240,41 @@ def _step(
 ) -> tuple[Tensor, Tensor | None]:
     table = run.table
     use = table.uses[row]
-    options.update(
-        anchor=run.anchor if use.anchor else None,
-        history=run.history[: use.history],
-        noise=noise if use.noise else None,
-        new_history=use.new_history,
-        new_anchor=use.new_anchor,
-    )
+    anchor, history = run.anchor if use.anchor else None, run.history[: use.history]
+    noise = noise if use.noise else None
+    made = None
+    if not options and table.threshold is None:
+        # The way of nearly every step, without what the public function takes for all the others: 2 us of 7.
+        older = (*history, None, None, None)[:3]
+        rows = table.tensor(sample.device)
+        made = plain_step(sample, model_output, rows, row, anchor, *older, noise, use.new_history, use.new_anchor)
+    if made is None:
+        options |= {"anchor": anchor, "history": history, "noise": noise}
+        options |= {"new_history": use.new_history, "new_anchor": use.new_anchor}
+        made = _any_step(table, row, sample, model_output, options)[:3]
+    x, new_history, new_anchor = made
+    data = None
+    if run.data == "history":
+        data = new_history
+    elif new_history is not None:
+        run.history = (new_history, *run.history)[: max(table.depth, 1)]
+    if run.data == "anchor":
+        data = new_anchor
+    elif new_anchor is not None:
+        run.anchor = new_anchor
+    return x, data
+
+
+def _any_step(
+    table: StepTable, row: int, sample: Tensor, model_output: Tensor, options: dict[str, Any]
+) -> ops.StepOutput:
     recorded = (sample.requires_grad or model_output.requires_grad) and torch.is_grad_enabled()
     if recorded or sample.dtype is torch.float64 or model_output.dtype is torch.float64:
-        step = in_pytorch.sampler_step(table, row, sample, model_output, **options)
-    else:
-        rows = table.tensor(sample.device)
-        if table.threshold is not None and use.data:
-            percentile, maximum = table.threshold.percentile, table.threshold.maximum
-            options["scales"] = ops.dynamic_threshold(
-                sample, model_output, rows, row, percentile=percentile, maximum=maximum
-            )
-        step = ops.sampler_step(sample, model_output, rows, row, **options)
-    if run.data == "history":
-        data = step.history
-    else:
-        data = step.anchor if run.data == "anchor" else None
-        if step.history is not None:
-            run.history = (step.history, *run.history)[: max(table.depth, 1)]
-    if step.anchor is not None and run.data != "anchor":
-        run.anchor = step.anchor
-    return step.x, data
+        return in_pytorch.sampler_step(table, row, sample, model_output, **options)
+    rows = table.tensor(sample.device)
+    if table.threshold is not None and table.uses[row].data:
+        percentile, maximum = table.threshold.percentile, table.threshold.maximum
+        options["scales"] = ops.dynamic_threshold(
+            sample, model_output, rows, row, percentile=percentile, maximum=maximum
+        )
+    return ops.sampler_step(sample, model_output, rows, row, **options)
