@@ -67,7 +67,6 @@ def test_without_a_seed_noise_is_of_pytorchs_generator(name):
 
 @pytest.mark.parametrize("name", BROWNIAN)
 def test_a_brownian_path_is_of_the_seed(name):
-    pytest.importorskip("torchsde")
     sigmas = levels_of("flow", 4)
     first, again = ours(name, "flow", sigmas), ours(name, "flow", sigmas)
     assert torch.equal(first.result, again.result)

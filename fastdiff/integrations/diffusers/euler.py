@@ -80,7 +80,7 @@ class EulerAncestralDiscreteScheduler(AddNoise, SigmaScheduler, TheirAncestral):
             return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         run, row = self._at(timestep)
         if row in self._theirs:
-            return self._leave(model_output, timestep, sample, generator, return_dict)
+            return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         noise = draw(model_output, generator)
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
         self._step_index += 1
