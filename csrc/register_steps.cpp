@@ -1,6 +1,12 @@
 // Tensors in, raw pointers to the kernels, tensors out: a sampler's step and the operators before it. Arguments were
 // checked in fastdiff/ops.
+#include <ATen/EmptyTensor.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/profiler/api.h>
+
+#include <atomic>
 
 #include "step_row.h"
 #include "tensors.h"
@@ -56,6 +62,56 @@ Args prediction_args(const char* name, const Tensor& x, const Tensor& model_outp
   return args;
 }
 
+// The outputs that a step is asked for, beside x'.
+struct Asked {
+  bool history, anchor;
+  OptionalType model_input;
+};
+
+struct Made {
+  Tensor x;
+  OptionalTensor history, anchor, model_input;
+};
+
+// An uninitialised tensor; on the CPU without PyTorch's dispatcher, which takes longer than the memory does.
+Tensor uninitialised(const Tensor& like, at::IntArrayRef sizes, at::ScalarType type) {
+  return like.is_cpu() ? Tensor(at::detail::empty_cpu(sizes, type)) : at::empty(sizes, like.options().dtype(type));
+}
+
+Made take_step(StepArgs& args, const Tensor& x, const Tensor& m, const Tensor& table, int64_t row,
+               const OptionalTensor& anchor, const OptionalTensor* history, const OptionalTensor& noise,
+               const Asked& asked) {
+  args.samples = x.size(0);
+  args.count = x.numel() / x.size(0);
+  args.groups = m.size(0) / x.size(0);
+  args.output_count = m.numel() / m.size(0);
+  args.output_inner = inner_of(m);
+  args.x = array(x);
+  args.model_output = array(m);
+  args.noise = array(noise);
+  args.anchor = array(anchor);
+  args.hist1 = array(history[0]);
+  args.hist2 = array(history[1]);
+  args.hist3 = array(history[2]);
+  args.table = table.const_data_ptr<float>();
+  args.row = row;
+  args.rows = table.size(0);
+  args.threads = at::get_num_threads();
+  if (args.copies == 0) args.copies = args.groups;
+
+  Made made{uninitialised(x, x.sizes(), x.scalar_type())};
+  args.new_x = array(made.x);
+  if (asked.history) args.new_history = array(made.history = uninitialised(x, x.sizes(), at::kFloat));
+  if (asked.anchor) args.new_anchor = array(made.anchor = uninitialised(x, x.sizes(), at::kFloat));
+  if (asked.model_input) {
+    at::DimVector sizes(x.sizes());
+    sizes[0] *= args.copies;
+    args.model_input = array(made.model_input = uninitialised(x, sizes, *asked.model_input));
+  }
+  LAUNCH(sampler_step, x, args) step_on_cpu(args);
+  return made;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
     const Tensor& state, const Tensor& model_output, const Tensor& table, int64_t row, const OptionalTensor& counter,
     const OptionalTensor& anchor, const OptionalTensor& hist1, const OptionalTensor& hist2, const OptionalTensor& hist3,
@@ -65,30 +121,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
     const OptionalType& model_input) {
   const Tensor x = state.contiguous(), m = dense(model_output);
   const OptionalTensor z = contiguous(noise), image = contiguous(known), image_noise = contiguous(known_noise);
-  const OptionalTensor blend = contiguous(mask);
-  const auto wide = x.options().dtype(at::kFloat);
-  const Tensor next_x = at::empty(x.sizes(), x.options());
-  const Tensor history = new_history ? at::empty(x.sizes(), wide) : at::empty({0}, wide);
-  const Tensor next_anchor = new_anchor ? at::empty(x.sizes(), wide) : at::empty({0}, wide);
-
+  const OptionalTensor blend = contiguous(mask), history[] = {hist1, hist2, hist3};
   StepArgs args{};
-  args.samples = x.size(0);
-  args.count = x.numel() / x.size(0);
-  args.groups = m.size(0) / x.size(0);
-  args.output_count = m.numel() / m.size(0);
-  args.output_inner = inner_of(m);
-  args.copies = copies.value_or(args.groups);
-  const auto input_options = x.options().dtype(model_input.value_or(x.scalar_type()));
-  at::DimVector input_sizes(x.sizes());
-  input_sizes[0] *= args.copies;
-  const Tensor next_input = model_input ? at::empty(input_sizes, input_options) : at::empty({0}, input_options);
-  args.x = array(x);
-  args.model_output = array(m);
-  args.noise = array(z);
-  args.anchor = array(anchor);
-  args.hist1 = array(hist1);
-  args.hist2 = array(hist2);
-  args.hist3 = array(hist3);
+  args.copies = copies.value_or(0);
   args.known = array(image);
   args.known_noise = array(image_noise);
   args.mask = floats(blend);
@@ -99,18 +134,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(
   args.weights = floats(weights);
   args.scales = floats(scales);
   args.seeds = integers(seeds);
-  args.table = table.const_data_ptr<float>();
-  args.row = row;
-  args.rows = table.size(0);
   args.counter = integers(counter);
-  args.new_x = array(next_x);
-  if (new_history) args.new_history = array(history);
-  if (new_anchor) args.new_anchor = array(next_anchor);
-  if (model_input) args.model_input = array(next_input);
-  args.threads = at::get_num_threads();
-
-  LAUNCH(sampler_step, x, args) step_on_cpu(args);
-  return {next_x, history, next_anchor, next_input};
+  const Made made =
+      take_step(args, x, m, table, row, anchor, history, z, {new_history, new_anchor, model_input});
+  const auto given = [&](const OptionalTensor& value, at::ScalarType type) {
+    return value ? *value : at::empty({0}, x.options().dtype(type));
+  };
+  return {made.x, given(made.history, at::kFloat), given(made.anchor, at::kFloat),
+          given(made.model_input, model_input.value_or(x.scalar_type()))};
 }
 
 // Whether `value` is what a plain step takes: on the CPU, of those sizes, floating, and without a gradient to record.
@@ -120,38 +151,46 @@ bool plain(const Tensor& value, at::IntArrayRef sizes, bool recording) {
          !(recording && value.requires_grad());
 }
 
-bool plain_or_none(const OptionalTensor& value, at::IntArrayRef sizes, bool recording) {
-  return !value || plain(*value, sizes, recording);
-}
-
 bool kept_or_none(const OptionalTensor& value, at::IntArrayRef sizes, bool recording) {
   return !value || (plain(*value, sizes, recording) && value->scalar_type() == at::kFloat && value->is_contiguous());
 }
 
-// The most frequent kind of step, checked here, where that takes a tenth of the time; nothing where the call is another
-// kind or wrong, which is then found out in fastdiff/ops.
-std::optional<std::tuple<Tensor, OptionalTensor, OptionalTensor>> plain_step(
-    const Tensor& x, const Tensor& model_output, const Tensor& table, int64_t row, const OptionalTensor& anchor,
-    const OptionalTensor& hist1, const OptionalTensor& hist2, const OptionalTensor& hist3, const OptionalTensor& noise,
-    bool new_history, bool new_anchor) {
+std::atomic<int64_t> plain_steps{0};
+
+// Whether nothing but the result of a call can be seen: no subclass of Tensor, no tracing, no profiler.
+bool unobserved(py::handle x, py::handle model_output) {
+  return THPVariable_CheckExact(x.ptr()) && THPVariable_CheckExact(model_output.ptr()) &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !torch::profiler::impl::profilerEnabled();
+}
+
+// The most frequent kind of step, checked here, where that takes a tenth of the time: x', and history' and anchor' or
+// None. Nothing where the call is another kind or wrong, which is then found out in fastdiff/ops.
+py::object plain_step(py::handle state, py::handle output, const Tensor& table, int64_t row,
+                      const OptionalTensor& anchor, const py::tuple& history, const OptionalTensor& noise,
+                      bool new_history, bool new_anchor) {
+  if (!unobserved(state, output)) return py::none();
+  const Tensor &x = THPVariable_Unpack(state.ptr()), &model_output = THPVariable_Unpack(output.ptr());
   const at::IntArrayRef sizes = x.sizes();
   const bool recording = c10::GradMode::is_enabled();
-  if (sizes.empty() || x.numel() == 0 || !plain(x, sizes, recording) || !plain(model_output, sizes, recording) ||
-      !kept_or_none(anchor, sizes, recording) || !kept_or_none(hist1, sizes, recording) ||
-      !kept_or_none(hist2, sizes, recording) || !kept_or_none(hist3, sizes, recording) ||
-      !plain_or_none(noise, sizes, recording)) {
-    return std::nullopt;
+  if (sizes.empty() || x.numel() == 0 || history.size() > 3 || !plain(x, sizes, recording) ||
+      !plain(model_output, sizes, recording) || !kept_or_none(anchor, sizes, recording) ||
+      !(!noise || plain(*noise, sizes, recording))) {
+    return py::none();
+  }
+  OptionalTensor kept[3];
+  for (size_t i = 0; i < history.size(); ++i) {
+    kept[i] = history[i].cast<OptionalTensor>();
+    if (!kept_or_none(kept[i], sizes, recording)) return py::none();
   }
   if (!table.is_cpu() || table.scalar_type() != at::kFloat || table.dim() != 2 || table.size(1) != row::SIZE ||
       !table.is_contiguous() || row < 0 || row >= table.size(0)) {
-    return std::nullopt;
+    return py::none();
   }
-  const OptionalTensor none;
-  auto [next_x, history, next_anchor, next_input] =
-      sampler_step(x, model_output, table, row, none, anchor, hist1, hist2, hist3, noise, none, none, none, none, none,
-                   none, new_history, new_anchor, std::nullopt, std::nullopt);
-  return std::tuple{next_x, new_history ? OptionalTensor(history) : none,
-                    new_anchor ? OptionalTensor(next_anchor) : none};
+  StepArgs args{};
+  const Made made = take_step(args, x.contiguous(), dense(model_output), table, row, anchor, kept, contiguous(noise),
+                              {new_history, new_anchor, std::nullopt});
+  ++plain_steps;
+  return py::make_tuple(made.x, made.history, made.anchor);
 }
 
 Tensor guidance_weights(const Tensor& model_output, const Tensor& weights, double rescale, bool perpendicular,
@@ -215,6 +254,7 @@ Tensor langevin_step_size(const Tensor& state, const Tensor& model_output, const
 void register_steps(py::module_& m) {
   m.def("sampler_step", &sampler_step);
   m.def("plain_step", &plain_step);
+  m.def("take_plain_steps", [] { return plain_steps.exchange(0); });
   m.def("guidance_weights", &guidance_weights);
   m.def("dynamic_threshold", &dynamic_threshold);
   m.def("langevin_step_size", &langevin_step_size);

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from threading import Lock
 
 from fastdiff.errors import InputError
 
@@ -20,6 +21,9 @@ OPERATORS = (
     *("guidance_weights", "dynamic_threshold", "langevin_step_size"),
 )
 
+detours = int(os.environ.get("FASTDIFF_BACKEND", "") not in ("", "native"))
+"""How many demands are in force, in any thread, that may send `sampler_step` away from its native backend."""
+_counting = Lock()
 _forced: ContextVar[Mapping[str, str] | None] = ContextVar("fastdiff_forced_backends", default=None)
 
 
@@ -72,7 +76,16 @@ def use_backend(choice: str | Mapping[str, str]) -> Iterator[None]:
     chosen = parse_backends(choice) if isinstance(choice, str) else _checked(choice)
     outer = _forced.get()
     token = _forced.set({**(_environment_backends() if outer is None else outer), **chosen})
+    away = chosen.get("sampler_step", "native") != "native"
+    _count_detours(away)
     try:
         yield
     finally:
+        _count_detours(-away)
         _forced.reset(token)
+
+
+def _count_detours(change: int) -> None:
+    global detours
+    with _counting:
+        detours += change

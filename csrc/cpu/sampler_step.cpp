@@ -16,15 +16,44 @@ namespace fastdiff::cpu::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t BLOCK = 1024;           // elements at a time: every intermediate stays in the first-level cache
+constexpr int64_t LONG_BLOCK = 16384;     // the same where there is none, so that fewer loops begin
 constexpr int64_t PARALLEL = 32768;       // elements below which threads cost more than they give
 constexpr int64_t PARALLEL_DRAWN = 8192;  // the same where noise is drawn
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+constexpr int UNROLLED = 4;  // vectors at a time
+
+// A sum of the inputs whose coefficient is not zero; the others are not read.
+struct Sum {
+  int terms = 0;
+  int inputs[row::INPUTS];
+  float factors[row::INPUTS];
+};
+
+Sum sum_of(const float* coefficients, int size) {
+  Sum sum;
+  for (int input = 0; input < size; ++input) {
+    if (coefficients[input] == 0.0f) continue;
+    sum.inputs[sum.terms] = input;
+    sum.factors[sum.terms++] = coefficients[input];
+  }
+  return sum;
+}
 
 // What a row asks for, found once a call.
 struct Plan {
   const float* row;
-  uint32_t index;                // of the row, which is the noise's step
-  const float* combinations[3];  // the coefficients of x', history', anchor'; nullptr where not asked for
+  uint32_t index;  // of the row, which is the noise's step
+  Sum prediction;
+  Sum combinations[3];  // x', history', anchor'
   bool needs[row::INPUTS];
+  int data;     // the output that is D itself, 1 or 2; or 0
   bool varied;  // the noise is multiplied by a factor of the variance channels
 };
 
@@ -32,15 +61,18 @@ Plan make_plan(const StepArgs& args) {
   Plan plan{};
   plan.index = static_cast<uint32_t>(args.row + (args.counter ? *args.counter : 0));
   plan.row = args.table + plan.index * row::SIZE;
-  plan.combinations[0] = plan.row + row::NEW_X;
-  if (args.new_history) plan.combinations[1] = plan.row + row::NEW_HISTORY;
-  if (args.new_anchor) plan.combinations[2] = plan.row + row::NEW_ANCHOR;
-  for (const float* coefficients : plan.combinations) {
-    for (int input = 0; coefficients && input < row::INPUTS; ++input) plan.needs[input] |= coefficients[input] != 0.0f;
+  const Array* made[] = {&args.new_x, &args.new_history, &args.new_anchor};
+  const int starts[] = {row::NEW_X, row::NEW_HISTORY, row::NEW_ANCHOR};
+  const auto need = [&](const Sum& sum) {
+    for (int term = 0; term < sum.terms; ++term) plan.needs[sum.inputs[term]] = true;
+  };
+  for (int i = 0; i < 3; ++i) {
+    if (*made[i]) need(plan.combinations[i] = sum_of(plan.row + starts[i], row::INPUTS));
   }
-  if (plan.needs[row::D]) {
-    plan.needs[row::X] |= plan.row[row::PREDICTION] != 0.0f;
-    plan.needs[row::M] |= plan.row[row::PREDICTION + 1] != 0.0f;
+  if (plan.needs[row::D]) need(plan.prediction = sum_of(plan.row + row::PREDICTION, 2));
+  for (int i = 1; i < 3; ++i) {
+    const Sum& sum = plan.combinations[i];
+    if (made[i]->type == Type::F32 && sum.terms == 1 && sum.inputs[0] == row::D && sum.factors[0] == 1.0f) plan.data = i;
   }
   plan.varied = plan.needs[row::NOISE] && plan.row[row::VARIANCE] != 0.0f;
   return plan;
@@ -57,28 +89,42 @@ const char* missing_input(const StepArgs& args, const Plan& plan) {
   return nullptr;
 }
 
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Floats& vector_at(float* values) { return *reinterpret_cast<Floats*>(values); }
+
+inline const Floats& vector_at(const float* values) { return *reinterpret_cast<const Floats*>(values); }
+
 // out = sum of coefficient * input over TERMS inputs, in their order.
 template <int TERMS>
 void sum_terms(const float* const* inputs, const float* coefficients, float* __restrict out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    float total = coefficients[0] * inputs[0][i];
-    for (int term = 1; term < TERMS; ++term) total += coefficients[term] * inputs[term][i];
+  const float* from[TERMS];
+  std::copy_n(inputs, TERMS, from);
+  int64_t i = 0;
+  for (; i + UNROLLED * LANES <= count; i += UNROLLED * LANES) {
+    Floats total[UNROLLED];
+#pragma GCC unroll 8
+    for (int v = 0; v < UNROLLED; ++v) total[v] = coefficients[0] * vector_at(from[0] + i + v * LANES);
+#pragma GCC unroll 8
+    for (int term = 1; term < TERMS; ++term) {
+#pragma GCC unroll 8
+      for (int v = 0; v < UNROLLED; ++v) total[v] += coefficients[term] * vector_at(from[term] + i + v * LANES);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < UNROLLED; ++v) vector_at(out + i + v * LANES) = total[v];
+  }
+  for (; i < count; ++i) {
+    float total = coefficients[0] * from[0][i];
+    for (int term = 1; term < TERMS; ++term) total += coefficients[term] * from[term][i];
     out[i] = total;
   }
 }
 
-// The same over the inputs whose coefficient is not zero; the others are not read.
-void combine(const float* const* inputs, const float* coefficients, int size, float* out, int64_t count) {
-  const float *terms[row::INPUTS], *const *used = terms;
-  float factors[row::INPUTS];
-  int number = 0;
-  for (int input = 0; input < size; ++input) {
-    if (coefficients[input] != 0.0f) {
-      terms[number] = inputs[input];
-      factors[number++] = coefficients[input];
-    }
-  }
-  switch (number) {
+void combine(const Sum& sum, const float* const* inputs, float* out, int64_t count) {
+  const float* used[row::INPUTS];
+  const float* factors = sum.factors;
+  for (int term = 0; term < sum.terms; ++term) used[term] = inputs[sum.inputs[term]];
+  switch (sum.terms) {
     case 0:
       return std::fill(out, out + count, 0.0f);
     case 1:
@@ -170,7 +216,7 @@ const float* guided(const StepArgs& args, const Plan& plan, int64_t sample, int6
     return out;
   }
   const float* weights = args.weights + sample * args.groups;
-  combine(&base, weights, 1, out, count);
+  combine(sum_of(weights, 1), &base, out, count);
   for (int64_t k = 1; k < args.groups; ++k) {
     if (weights[k] != 0.0f) add_difference(base, group(k), weights[k], out, count);
   }
@@ -222,7 +268,7 @@ __attribute__((noinline)) void blend_block(const StepArgs& args, const Plan& pla
                     ? view(args.known_noise, offset, noise, count)
                     : draw(static_cast<uint64_t>(args.seeds[sample]), begin, count, 0, row::STREAM_INITIAL, noise);
   }
-  combine(inputs, coefficients, 2, kept, count);
+  combine(sum_of(coefficients, 2), inputs, kept, count);
   blend(mask, kept, next_x, count);
 }
 
@@ -248,12 +294,15 @@ void step_block(const StepArgs& args, const Plan& plan, int64_t sample, int64_t 
 
   if (plan.needs[row::X]) inputs[row::X] = view(args.x, offset, x, count);
   if (plan.needs[row::M]) inputs[row::M] = guided(args, plan, sample, begin, count, m, together);
+  const Array* outputs[] = {&args.new_x, &args.new_history, &args.new_anchor};
+  const int kept = plan.data;
   if (plan.needs[row::D]) {
-    combine(inputs, plan.row + row::PREDICTION, 2, prediction, count);
+    float* data = kept ? static_cast<float*>(outputs[kept]->data) + offset : prediction;
+    combine(plan.prediction, inputs, data, count);
     const float bound = args.scales ? args.scales[3 * sample] : plan.row[row::CLIP];
-    if (bound < INFINITY) clamp(prediction, bound, count);
-    if (args.scales) multiply(prediction, args.scales[3 * sample + 1], count);
-    inputs[row::D] = prediction;
+    if (bound < INFINITY) clamp(data, bound, count);
+    if (args.scales) multiply(data, args.scales[3 * sample + 1], count);
+    inputs[row::D] = data;
   }
   const Array* stored[] = {&args.anchor, &args.hist1, &args.hist2, &args.hist3};
   for (int i = 0; i < 4; ++i) {
@@ -261,16 +310,24 @@ void step_block(const StepArgs& args, const Plan& plan, int64_t sample, int64_t 
   }
   if (plan.needs[row::NOISE]) inputs[row::NOISE] = scaled_noise(args, plan, sample, begin, count, noise, factored);
 
-  const Array* outputs[] = {&args.new_x, &args.new_history, &args.new_anchor};
   for (int i = 2; i >= 0; --i) {  // x' last: the model input is made from it
-    if (!plan.combinations[i]) continue;
+    if (!*outputs[i] || (i > 0 && i == kept)) continue;
     const bool direct = outputs[i]->type == Type::F32;
     float* target = direct ? static_cast<float*>(outputs[i]->data) + offset : out;
-    combine(inputs, plan.combinations[i], row::INPUTS, target, count);
+    combine(plan.combinations[i], inputs, target, count);
     if (i == 0 && args.mask) blend_block(args, plan, sample, begin, count, target);
     if (!direct) store(out, *outputs[i], offset, count);
     if (i == 0 && args.model_input) store_input(args, plan.row[row::INPUT_SCALE], target, offset, count);
   }
+}
+
+// Whether a block of anything but inputs and outputs is needed.
+bool has_intermediates(const StepArgs& args, const Plan& plan) {
+  for (const Array* array : {&args.x, &args.model_output, &args.noise, &args.new_x, &args.model_input}) {
+    if (array->type != Type::F32) return true;
+  }
+  return plan.needs[row::D] || args.groups > 1 || args.output_inner > 1 || args.weights || args.mask ||
+         (plan.needs[row::NOISE] && (!args.noise || args.scales || plan.varied));
 }
 
 }  // namespace
@@ -278,13 +335,14 @@ void step_block(const StepArgs& args, const Plan& plan, int64_t sample, int64_t 
 const char* sampler_step(const StepArgs& args) {
   const Plan plan = make_plan(args);
   if (const char* missing = missing_input(args, plan)) return missing;
-  const int64_t blocks = (args.count + BLOCK - 1) / BLOCK, total = args.samples * args.count;
+  const int64_t block = has_intermediates(args, plan) ? BLOCK : LONG_BLOCK;
+  const int64_t blocks = (args.count + block - 1) / block, total = args.samples * args.count;
   const bool draws_kept = args.mask && plan.row[row::KNOWN + 1] != 0.0f && !args.known_noise;
   const bool draws = draws_kept || (plan.needs[row::NOISE] && !args.noise);
   const int threads = total < (draws ? PARALLEL_DRAWN : PARALLEL) ? 1 : args.threads;
   parallel_for(args.samples * blocks, threads, [&](int64_t task) {
-    const int64_t sample = task / blocks, begin = task % blocks * BLOCK;
-    step_block(args, plan, sample, begin, std::min(BLOCK, args.count - begin));
+    const int64_t sample = task / blocks, begin = task % blocks * block;
+    step_block(args, plan, sample, begin, std::min(block, args.count - begin));
   });
   return nullptr;
 }

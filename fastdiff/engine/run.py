@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff import ops
+from fastdiff.engine.carried import Carried
 from fastdiff.engine.guidance import Guidance, Guide
 from fastdiff.engine.start import Kept, batch_shape, begin, keep
 from fastdiff.errors import InputError
@@ -107,10 +108,9 @@ def _loop(
     coefficients, times = table.tensor(x.device), _times(table, x.device)
     channels = x.shape[1] if x.dim() > 1 else 1
     model_input = torch.cat([(table.first_input_scale * x).to(dtype)] * groups[0])
-    anchor: Tensor | None = None
-    history: tuple[Tensor, ...] = ()
+    carried = Carried(table)
     for index in tqdm(range(rows), desc=table.method, unit="step", disable=not _shows(progress, rows), leave=False):
-        use, last = table.uses[index], index + 1 == rows
+        last = index + 1 == rows
         t = times[index].expand(len(model_input))
         output = denoiser(model_input, t)
         _check_output(output, model_input.shape, table)
@@ -121,23 +121,17 @@ def _loop(
             output,
             coefficients,
             index,
-            anchor=anchor if use.anchor else None,
-            history=history[: use.history],
-            seeds=keys if use.noise or kept.mask is not None else None,
+            **carried.inputs(index),
+            seeds=keys if table.uses[index].noise or kept.mask is not None else None,
             weights=weights,
             scales=_scales(table, index, x, output, coefficients, weights, keys),
             known=kept.image if kept.mask is not None else None,
             mask=kept.mask,
-            new_history=use.new_history,
-            new_anchor=use.new_anchor,
             model_input=None if last else dtype,
             copies=None if last else groups[index + 1],
         )
         x = step.x
-        if step.history is not None:
-            history = (step.history, *history)[: table.depth]
-        if step.anchor is not None:
-            anchor = step.anchor
+        carried.keep(step.history, step.anchor)
         if step.model_input is not None:
             model_input = step.model_input
         if callback is not None:

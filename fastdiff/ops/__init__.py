@@ -92,15 +92,8 @@ def sampler_step(
     Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021, equation 15. Keeping an image: Lugmayr et al.,
     "RePaint", 2022, equation 8.
     """
-    given = len(history)
-    hist1 = history[0] if given > 0 else None
-    hist2 = history[1] if given > 1 else None
-    hist3 = history[2] if given > 2 else None
-    if (
-        counter is seeds is weights is scales is known is known_noise is mask is model_input is copies is None
-        and given <= 3
-    ):
-        plain = plain_step(x, model_output, table, row, anchor, hist1, hist2, hist3, noise, new_history, new_anchor)
+    if counter is seeds is weights is scales is known is known_noise is mask is model_input is copies is None:
+        plain = plain_step(x, model_output, table, row, anchor, tuple(history), noise, new_history, new_anchor)
         if plain is not None:
             return StepOutput(plain[0], plain[1], plain[2], None)
     if not x.is_contiguous():
@@ -115,9 +108,7 @@ def sampler_step(
         row,
         counter,
         anchor,
-        hist1,
-        hist2,
-        hist3,
+        *(*history, None, None, None)[:3],
         noise,
         seeds,
         weights,

@@ -69,6 +69,8 @@ class Report:
 def report(*, reset: bool = False) -> Report:
     """Calls of each operator by backend, and each automatic fallback with its reason."""
     with _lock:
+        if plain := native.take_plain_steps():
+            _used["sampler_step", "native"] += plain
         result = Report(dict(_used), dict(_fallbacks))
         if reset:
             _used.clear()
@@ -168,25 +170,15 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_profiling = torch.autograd._profiler_enabled
 
 
-def plain_step(x: Tensor, model_output: Tensor, *args: Any) -> Any:
+def plain_step(*args: Any) -> Any:
     """What the extension's `plain_step` gives for these tensors; None where the call has to take the long way.
 
     That way costs about 6 us more, which is what a small step takes: every check in Python, the choice of a backend.
     """
-    if (
-        type(x) is not Tensor
-        or type(model_output) is not Tensor
-        or _is_compiling()
-        or _dispatch_modes()
-        or _is_profiling()
-        or config.forced_backend("sampler_step") not in (None, "native")
-    ):
+    if config.detours or _is_compiling():
         return None
     function = native.plain_step()
-    outputs = None if function is None else function(x, model_output, *args)
-    if outputs is not None:
-        _used["sampler_step", "native"] += 1
-    return outputs
+    return None if function is None else function(*args)
 
 
 def call(name: str, args: tuple[Any, ...]) -> Any:

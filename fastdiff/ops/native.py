@@ -51,6 +51,12 @@ def plain_step() -> Callable[..., Any] | None:
     return None if isinstance(module, str) else module.plain_step
 
 
+def take_plain_steps() -> int:
+    """How many calls `plain_step` has taken since this was last asked."""
+    module = extension()
+    return 0 if isinstance(module, str) else int(module.take_plain_steps())
+
+
 class _Native(KernelBackend):
     """A function of fastdiff._C."""
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,9 +70,11 @@ class Row:
     snr: float
 
 
-@dataclass(frozen=True)
-class RowUse:
-    """What a row reads and writes, as the engine has to know it without looking at a device."""
+class RowUse(NamedTuple):
+    """What a row reads and writes, as the engine has to know it without looking at a device.
+
+    keeps_state   the new anchor is the state itself
+    """
 
     data: bool
     noise: bool
@@ -80,6 +82,7 @@ class RowUse:
     history: int
     new_anchor: bool
     new_history: bool
+    keeps_state: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +164,9 @@ class StepTable:
         return self._tensors[device]
 
 
+_STATE = [float(name == "x") for name in INPUTS]
+
+
 def _use(row: Array) -> RowUse:
     blocks = row[NEW_X], row[NEW_HISTORY], row[NEW_ANCHOR]
     read = {name for block in blocks for name, value in zip(INPUTS, block.tolist(), strict=True) if value != 0.0}
@@ -171,6 +177,7 @@ def _use(row: Array) -> RowUse:
         history=max((number for number in (1, 2, 3) if f"hist{number}" in read), default=0),
         new_anchor=bool(row[NEW_ANCHOR].any()),
         new_history=bool(row[NEW_HISTORY].any()),
+        keeps_state=row[NEW_ANCHOR].tolist() == _STATE,
     )
 
 

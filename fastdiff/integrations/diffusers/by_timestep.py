@@ -140,7 +140,7 @@ class ByTimestep(AlphasCumprod, Scheduler):
         else:
             names = list(steps)
             rows = {names[index]: row for row, index in enumerate(made.kept)}
-            found = _Lookup(Run(made.table, 0, None, data_slot(made.table)), rows)
+            found = _Lookup(Run(made.table, start=0, levels=None, data=data_slot(made.table)), rows)
         self._lookups[name] = found
         return found
 

@@ -39,7 +39,7 @@ class KDPM2DiscreteScheduler(TwoCallScheduler, Theirs):
         dtype = result_dtype(sample, model_output)
         x, data = self._apply(run, row, sample, model_output, dtype=dtype)
         assert data is not None
-        data = data.to(dtype)
+        data = data if data.dtype is dtype else data.to(dtype)
         self.sample = None if row % 2 else sample
         self._step_index += 1
         return KDPM2DiscreteSchedulerOutput(x, data) if return_dict else (x, data)
@@ -78,7 +78,7 @@ class KDPM2AncestralDiscreteScheduler(TwoCallScheduler, TheirAncestral):
         dtype = result_dtype(sample, model_output)
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
         assert data is not None
-        data = data.to(dtype)
+        data = data if data.dtype is dtype else data.to(dtype)
         self.sample = None if row % 2 else sample
         self._step_index += 1
         return KDPM2AncestralDiscreteSchedulerOutput(x, data) if return_dict else (x, data)

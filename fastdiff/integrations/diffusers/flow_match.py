@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdiff.integrations.diffusers.noising import ScaleNoise, at_indices
 from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, draw, refuse_index
 from fastdiff.integrations.diffusers.tables import flow_schedule, levels, table
+from fastdiff.ops.dispatch import plain_step
 from fastdiff.samplers.table import StepTable
 
 _Churn = tuple[float, float, float, float]
@@ -23,11 +24,17 @@ _LONG_STEP = 100.0
 
 
 class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-    """Rows of `flow_euler`; time that runs the other way (`invert_sigmas`) makes their levels rise."""
+    """Rows of `flow_euler`; time that runs the other way (`invert_sigmas`) makes their levels rise.
+
+    _is_short   whether a row is nothing but x + dt m
+    """
+
+    _is_short = False
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         config = self.config
         options = {"stochastic": config.stochastic_sampling}
+        self._is_short = not config.stochastic_sampling
         return _flow_table("flow_euler", config, self._sigma_values[start:], self._times[start:], start, options), False
 
     def step(
@@ -45,24 +52,23 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """The state at the next level, in the dtype of `model_output`; s_churn to s_noise change nothing."""
         refuse_index(timestep)
-        if per_token_timesteps is not None:
-            tokens = {"per_token_timesteps": per_token_timesteps, "return_dict": return_dict}
-            return super().step(model_output, timestep, sample, generator=generator, **tokens)  # type: ignore[misc]
+        run, index, dtype = self._run, self._step_index, model_output.dtype
+        short = run is not None and index is not None and run.levels is self._sigmas and self._is_short
+        if short and sample.dtype is dtype and per_token_timesteps is None:
+            # The way of nearly every step. diffusers' is a product and a sum, beside which every check would show.
+            assert run is not None and index is not None
+            made = plain_step(sample, model_output, run.rows, index - run.start, None, (), None, False, False)
+            if made is not None:
+                self._step_index = index + 1
+                return _result(FlowMatchEulerDiscreteSchedulerOutput, made[0], return_dict)
         if self._step_index is None:
             self._init_step_index(timestep)
-        straight = sample.dtype is torch.float32 and not self.config.stochastic_sampling
-        if sample.shape != model_output.shape or not (straight or self._has_rows()):
-            options = {"generator": generator, "return_dict": return_dict}
+        if per_token_timesteps is not None or sample.shape != model_output.shape or not self._has_rows():
+            options = {"per_token_timesteps": per_token_timesteps, "generator": generator, "return_dict": return_dict}
             return super().step(model_output, timestep, sample, **options)  # type: ignore[misc]
-        if straight:
-            # Two terms, for which PyTorch's own operator takes less time than a row is looked up in.
-            levels, index = self._sigma_values, self._step_index
-            assert index is not None
-            x = torch.add(sample, model_output, alpha=levels[index + 1] - levels[index]).to(model_output.dtype)
-        else:
-            run, row = self._at(timestep)
-            noise = draw(sample, generator, torch.float32) if self.config.stochastic_sampling else None
-            x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
+        run, row = self._at(timestep)
+        noise = draw(sample, generator, torch.float32) if self.config.stochastic_sampling else None
+        x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
         self._advance()
         return _result(FlowMatchEulerDiscreteSchedulerOutput, x, return_dict)
 

@@ -53,13 +53,15 @@ class HeunDiscreteScheduler(TwoCallScheduler, Theirs):
         if data is None:
             data = model_output
         else:
-            data = data.to(model_output.dtype if run.table.prediction == "sample" else dtype)
+            kind = model_output.dtype if run.table.prediction == "sample" else dtype
+            data = data if data.dtype is kind else data.to(kind)
         if row % 2:
-            self.prev_derivative = self.dt = self.sample = run.anchor = None
+            self._slope = self.dt = self.sample = run.anchor = None
         else:
-            sigma, end = self._levels[row : row + 2]
-            self.dt, self.sample = end - sigma, sample
+            sigma, end = self._levels[row], self._levels[row + 1]
+            self.dt = dt = end - sigma
+            self.sample = sample
             # The anchor is halfway along the slope, so that the second call keeps no third tensor.
-            self._slope = (sample, data, 1.0 / sigma) if run.anchor is None else (sample, run.anchor, 2.0 / -self.dt)
+            self._slope = (sample, data, 1.0 / sigma) if run.anchor is None else (sample, run.anchor, -2.0 / dt)
         self._step_index += 1
         return HeunDiscreteSchedulerOutput(x, data) if return_dict else (x, data)

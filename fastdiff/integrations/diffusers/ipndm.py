@@ -52,7 +52,7 @@ class IPNDMScheduler(IndexedScheduler, Theirs):
         if run is None or run.levels is not self.betas or not self._continues(run, index, earlier):
             self._earlier = earlier
             made, _ = self._table(index)
-            self._run = run = Run(made, index, self.betas, None)
+            self._run = run = Run(made, start=index, levels=self.betas, data=None)
         return run, index - run.start
 
     def _continues(self, run: Run, index: int, earlier: int) -> bool:

@@ -166,7 +166,8 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type: expected 'epsilon' or 'v_prediction', got {prediction!r}")
         self._rows = {each: row for row, each in enumerate(keys)}
-        self._run = Run(_table("v" if prediction == "v_prediction" else "epsilon", tuple(calls)), 0, None, None)
+        table = _table("v" if prediction == "v_prediction" else "epsilon", tuple(calls))
+        self._run = Run(table, start=0, levels=None, data=None)
         return self._run
 
     def _following(self, timestep: Any) -> Iterator[Key]:

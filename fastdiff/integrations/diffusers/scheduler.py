@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.engine.carried import Carried
 from fastdiff.integrations import in_pytorch
 from fastdiff.integrations.diffusers.tables import DataSlot, data_slot
 from fastdiff.ops.dispatch import plain_step
@@ -21,20 +22,21 @@ _WHOLE = (torch.int32, torch.int64)
 
 
 @dataclass
-class Run:
+class Run(Carried):
     """A table on its way: row 0 belongs to index `start` of the scheduler's timesteps.
 
     levels    the tensor of sigmas that the table was made from; another one asks for another table
     data      where the rows give the data prediction for the caller, which is then no history and no anchor
-    history   newest first
+    rows      of the table, on the CPU
     """
 
-    table: StepTable
-    start: int
-    levels: Tensor | None
-    data: DataSlot
-    history: tuple[Tensor, ...] = ()
-    anchor: Tensor | None = None
+    start: int = field(kw_only=True)
+    levels: Tensor | None = field(kw_only=True)
+    data: DataSlot = field(kw_only=True)
+    rows: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.table.tensor()
 
 
 class Scheduler:
@@ -118,8 +120,27 @@ class Scheduler:
                 sample = sample.double()
             elif sample.dtype is not torch.float32:
                 sample = sample.float()
-        x, data = _step(run, row, sample, model_output, noise, options)
-        return x if dtype is None or x.dtype == dtype else x.to(dtype), data
+        table = run.table
+        _, reads_noise, reads_anchor, depth, makes_anchor, makes_history, keeps_state = table.uses[row]
+        anchor, history = run.anchor if reads_anchor else None, run.history[:depth]
+        noise = noise if reads_noise else None
+        made = None
+        if sample.is_cpu and not options and table.threshold is None:
+            # The way of nearly every step, without what the public function takes for all the others: 2 us of 7.
+            if keeps_state and sample.dtype is torch.float32 and sample.is_contiguous():
+                run.anchor, makes_anchor = sample, False
+            made = plain_step(sample, model_output, run.rows, row, anchor, history, noise, makes_history, makes_anchor)
+        if made is None:
+            options |= {**run.inputs(row), "noise": noise}
+            made = _any_step(table, row, sample, model_output, options)[:3]
+        x, new_history, new_anchor = made
+        data = None
+        if run.data == "history":
+            data, new_history = new_history, None
+        elif run.data == "anchor":
+            data, new_anchor = new_anchor, None
+        run.keep(new_history, new_anchor)
+        return x if dtype is None or x.dtype is dtype else x.to(dtype), data
 
 
 class IndexedScheduler(Scheduler):
@@ -186,7 +207,7 @@ class IndexedScheduler(Scheduler):
             index = self._step_index
             assert index is not None
         run = self._run
-        if run is None or run.levels is not self.sigmas or not self._follows(run, index):
+        if run is None or run.levels is not self._sigmas or not self._follows(run, index):
             run = self._begin(index)
         return run, index - run.start
 
@@ -199,7 +220,7 @@ class IndexedScheduler(Scheduler):
     def _begin(self, index: int) -> Run:
         past, last = self._run, min(self._taken(), self._memory(), index)
         table, gives_data = self._table(index - last)
-        self._run = Run(table, index - last, self.sigmas, data_slot(table) if gives_data else None)
+        self._run = Run(table, start=index - last, levels=self.sigmas, data=data_slot(table) if gives_data else None)
         if past is not None and last:
             self._run.history, self._run.anchor = past.history, past.anchor
         return self._run
@@ -222,47 +243,15 @@ def draw(like: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tens
 
 def refuse_index(timestep: Any) -> None:
     """ValueError for an integer, which is an index rather than a timestep."""
-    whole = timestep.is_cpu and timestep.dtype in _WHOLE if isinstance(timestep, Tensor) else isinstance(timestep, int)
+    if isinstance(timestep, Tensor):
+        whole = timestep.dtype in _WHOLE and timestep.is_cpu
+    else:
+        whole = isinstance(timestep, int)
     if whole:
         raise ValueError(
             f"timestep: expected one of the scheduler's timesteps, got the integer {timestep!r}; "
             "pass the elements of scheduler.timesteps, not their indices"
         )
-
-
-def _step(
-    run: Run,
-    row: int,
-    sample: Tensor,
-    model_output: Tensor,
-    noise: Tensor | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    table = run.table
-    use = table.uses[row]
-    anchor, history = run.anchor if use.anchor else None, run.history[: use.history]
-    noise = noise if use.noise else None
-    made = None
-    if not options and table.threshold is None:
-        # The way of nearly every step, without what the public function takes for all the others: 2 us of 7.
-        older = (*history, None, None, None)[:3]
-        rows = table.tensor(sample.device)
-        made = plain_step(sample, model_output, rows, row, anchor, *older, noise, use.new_history, use.new_anchor)
-    if made is None:
-        options |= {"anchor": anchor, "history": history, "noise": noise}
-        options |= {"new_history": use.new_history, "new_anchor": use.new_anchor}
-        made = _any_step(table, row, sample, model_output, options)[:3]
-    x, new_history, new_anchor = made
-    data = None
-    if run.data == "history":
-        data = new_history
-    elif new_history is not None:
-        run.history = (new_history, *run.history)[: max(table.depth, 1)]
-    if run.data == "anchor":
-        data = new_anchor
-    elif new_anchor is not None:
-        run.anchor = new_anchor
-    return x, data
 
 
 def _any_step(

@@ -66,7 +66,7 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
         # Drawn on the CPU and moved, as diffusers does it.
         noise = draw(torch.empty(sample.shape), generator).to(sample.device, non_blocking=True)
         scales = _langevin_scales(model_output, noise, self.config.snr)
-        run = Run(_corrector(), 0, None, None)
+        run = Run(_corrector(), start=0, levels=None, data=None)
         x, _ = self._apply(run, 0, sample, model_output, noise=noise, scales=scales, dtype=_dtype(sample, model_output))
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
@@ -78,7 +78,7 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
         """The rows of all levels from the last to the first, and that of this time in [0, 1]."""
         run = self._run
         if run is None:
-            run = self._run = Run(_predictor(self._levels), 0, None, "anchor")
+            run = self._run = Run(_predictor(self._levels), start=0, levels=None, data="anchor")
         # float32, as the index is found there: the product may fall on either side of a whole number.
         level = int(np.float32(self._time(timestep)) * np.float32(len(self._times) - 1))
         row = len(run.table) - 1 - level

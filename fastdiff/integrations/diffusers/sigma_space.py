@@ -36,7 +36,7 @@ class SigmaScheduler(IndexedScheduler):
 
     def _at(self, timestep: Any) -> tuple[Run, int]:
         run, index = self._run, self._step_index
-        if run is not None and index is not None and run.levels is self.sigmas:
+        if run is not None and index is not None and run.levels is self._sigmas:
             return run, index
         return super()._at(timestep)
 

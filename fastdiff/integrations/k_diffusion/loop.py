@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from fastdiff import ops
+from fastdiff.engine.carried import Carried
 from fastdiff.errors import InputError
 from fastdiff.integrations import in_pytorch
 from fastdiff.samplers.table import StepTable
@@ -51,9 +52,7 @@ class Rows:
     """A state on its way through a table: history and anchor, and one operator for each row."""
 
     def __init__(self, table: StepTable, device: torch.device) -> None:
-        self._table, self._coefficients = table, table.tensor(device)
-        self._history: tuple[Tensor, ...] = ()
-        self._anchor: Tensor | None = None
+        self._carried, self._coefficients = Carried(table), table.tensor(device)
 
     def apply(
         self, row: int, x: Tensor, denoised: Tensor, *, noise: Tensor | None = None, anchor: Tensor | None = None
@@ -63,26 +62,15 @@ class Rows:
         noise    standard normal; not read where the row adds none
         anchor   what the row reads as its anchor, in place of what an earlier row wrote: any dtype and layout
         """
-        use = self._table.uses[row]
-        if anchor is None:
-            anchor = self._anchor
-        elif use.anchor:
-            anchor = anchor.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-        given: dict[str, Any] = {
-            "anchor": anchor if use.anchor else None,
-            "history": self._history[: use.history],
-            "noise": noise if use.noise else None,
-            "new_history": use.new_history,
-            "new_anchor": use.new_anchor,
-        }
+        table, inputs = self._carried.table, self._carried.inputs(row)
+        if anchor is not None and table.uses[row].anchor:
+            inputs["anchor"] = anchor.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        inputs["noise"] = noise if table.uses[row].noise else None
         if x.dtype == torch.float64:
-            step = in_pytorch.sampler_step(self._table, row, x, denoised, **given)
+            step = in_pytorch.sampler_step(table, row, x, denoised, **inputs)
         else:
-            step = ops.sampler_step(x, denoised, self._coefficients, row, **given)
-        if step.history is not None:
-            self._history = (step.history, *self._history)[: self._table.depth]
-        if step.anchor is not None:
-            self._anchor = step.anchor
+            step = ops.sampler_step(x, denoised, self._coefficients, row, **inputs)
+        self._carried.keep(step.history, step.anchor)
         return step.x
 
 
