@@ -68,6 +68,13 @@ def logarithmic(levels: Levels, dtype: torch.dtype) -> Levels:
     return tuple(math.exp(logarithm) for logarithm in logarithms)
 
 
+def integrals_in(dtype: torch.dtype) -> str:
+    """The precision in which k-diffusion integrates: that of a number of sigmas less one of Python, which before NumPy
+    2 is float64. bfloat16, which NumPy lacks and k-diffusion refuses, is integrated in float32."""
+    name = "float32" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+    return (0.0 - np.ones(1, dtype=name)[0]).dtype.name
+
+
 @_cached
 def churned(
     method: str, levels: Levels, dtype: torch.dtype, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
@@ -87,8 +94,8 @@ def churned(
 
 
 @_cached
-def lms(levels: Levels, order: int) -> Plan:
-    table = samplers.find("lms").rows(problem_of(levels), order=order)
+def lms(levels: Levels, dtype: torch.dtype, order: int) -> Plan:
+    table = samplers.find("lms").rows(problem_of(levels), order=order, integrals=integrals_in(dtype))
     return _single(table, promotes=True)
 
 
