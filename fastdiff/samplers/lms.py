@@ -1,5 +1,6 @@
 """The linear multistep method of k-diffusion (Katherine Crowson): Adams-Bashforth of steps of any length, in r."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -90,6 +91,20 @@ def quadrature(nodes: tuple[float, ...], end: float, j: int, precision: str) -> 
     with np.errstate(all="ignore"):
         # In full, so that what does not converge is no warning.
         return float(integrate.quad(polynomial, nodes[0], end, epsrel=1e-4, full_output=True)[0])
+
+
+MOST_SLOPE_ROUNDING = 24.0
+"""Where `slope_rounding` is twice as much, float32 states of other arithmetic differ by 1e-5; in 10 to 100 steps of the
+usual spacings it is half of this or less, but for the last step of 50 or more that lie close there."""
+
+
+def slope_rounding(levels: Sequence[float], row: int, order: int, precision: str) -> float:
+    """sum_j |c_j| sqrt(1 + r_j^2) / r_j / sqrt(1 + r'^2): by how much a step multiplies what a slope (y - D)/r is
+    rounded by, for y of size sqrt(1 + r^2). levels: r of the points, positive but for the last, each another one."""
+    nodes, end = tuple(levels[max(row - order + 1, 0) : row + 1][::-1]), levels[row + 1]
+    weights = (abs(quadrature(nodes, end, j, precision)) for j in range(len(nodes)))
+    total = sum(weight * math.hypot(1.0, 1.0 / node) for weight, node in zip(weights, nodes, strict=True))
+    return total / math.hypot(1.0, end)
 
 
 INFO = MethodInfo(

@@ -16,13 +16,11 @@ from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import Run
 from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler, history_of, result_dtype
 from fastdiff.ops.row import INPUTS, NEW_X
-from fastdiff.samplers.lms import quadrature
+from fastdiff.samplers.lms import MOST_SLOPE_ROUNDING, quadrature, slope_rounding
 from fastdiff.samplers.table import StepTable
 
 _MOST_SLOPES = 4
 _MOST_TERMS = 8.0
-_MOST_SLOPE_ROUNDING = 24.0
-"""At twice as much the states differ by 1e-5; those of the usual 10 to 100 steps by half of this."""
 
 
 class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
@@ -57,7 +55,7 @@ class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
     def _cancelling(self, table: StepTable) -> Iterator[int]:
         """Rows that multiply what diffusers rounds: those whose terms are large beside the state that they make, those
         between uneven or equal levels, and the last one of a network that may predict no data at all."""
-        sigmas = self._sigma_values
+        sigmas, precision = self._sigma_values, self._precision()
         for row, weights in enumerate(np.abs(table.rows[:, NEW_X])):
             start, end = (math.hypot(1.0, level) for level in sigmas[row : row + 2])
             x, other = float(weights[INPUTS.index("x")]), float(weights.sum())
@@ -67,15 +65,9 @@ class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
                 or 0.0 in near[:-1]
                 or (near[-1] == 0.0 and table.prediction == "sample")
                 or not x * start + other - x < _MOST_TERMS * end
-                or not self._slope_rounding(row) < _MOST_SLOPE_ROUNDING * end
+                or not slope_rounding(sigmas, row, self._order, precision) < MOST_SLOPE_ROUNDING
             ):
                 yield row
-
-    def _slope_rounding(self, row: int) -> float:
-        """What the rounding of D becomes in the new state: a slope is (y - D) / sigma, y of size sqrt(1 + sigma^2)."""
-        order, sigmas = min(row + 1, self._order), self._sigma_values
-        weights = (abs(self.get_lms_coefficient(order, row, j)) for j in range(order))
-        return sum(weight * math.hypot(1.0, 1.0 / sigmas[row - j]) for j, weight in enumerate(weights))
 
     def step(
         self,

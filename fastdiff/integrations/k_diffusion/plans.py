@@ -24,6 +24,7 @@ from fastdiff.samplers.dpm_singlestep import DEFAULT_NODES, between_blocks, fast
 from fastdiff.samplers.euler import Split
 from fastdiff.samplers.exponential import Data, Form, Noise
 from fastdiff.samplers.grid import Grid
+from fastdiff.samplers.lms import MOST_SLOPE_ROUNDING, slope_rounding
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.singlestep import Aim, block_rows
 from fastdiff.samplers.table import StepTable, fraction, make_table, whole
@@ -33,6 +34,7 @@ Levels = tuple[float, ...]
 _KEPT_PLANS = 64
 _SMALLEST = 1e-30
 _APART = 1e-12
+_MOST_SHRINK = 16.0
 # By type as well: True is no 1.0.
 _cached = lru_cache(maxsize=_KEPT_PLANS, typed=True)
 
@@ -97,6 +99,24 @@ def churned(
 def lms(levels: Levels, dtype: torch.dtype, order: int) -> Plan:
     table = samplers.find("lms").rows(problem_of(levels), order=order, integrals=integrals_in(dtype))
     return _single(table, promotes=True)
+
+
+@_cached
+def lms_multiplies_rounding(levels: Levels, dtype: torch.dtype, order: int) -> bool:
+    """Whether other arithmetic than k-diffusion's ends in other digits: somewhere the state becomes many times smaller,
+    or a weight is large, as where many levels lie close and the last step goes on to 0.
+
+    Repeated levels, at which k-diffusion divides by 0, are no such case.
+    """
+    steps = list(pairwise(levels))
+    if any(start == end for start, end in steps):
+        return False
+    precision = integrals_in(dtype)
+    return any(
+        math.hypot(1.0, start) >= _MOST_SHRINK * math.hypot(1.0, end)
+        or not slope_rounding(levels, row, order, precision) < MOST_SLOPE_ROUNDING
+        for row, (start, end) in enumerate(steps)
+    )
 
 
 @_cached
