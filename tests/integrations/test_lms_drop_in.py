@@ -140,3 +140,21 @@ def test_usual_runs_have_a_row_for_each_step(steps, spacing):
     ours.set_timesteps(steps)
     ours._begin(0)
     assert not ours._theirs | ours._cancelling
+
+
+@pytest.mark.parametrize("begin", [3, 4, 5])
+def test_uneven_steps_from_the_middle(begin):
+    """Weights without the slopes that they are for take the state far off, and the last step back."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "use_beta_sigmas": True, "steps_offset": 1}
+    ours, theirs = pair(NAME, config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7)
+        scheduler.set_begin_index(begin)
+    data, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(4))
+    x = 0.5 * data + float(theirs.sigmas[begin]) * noise
+    for t, sigma in zip(theirs.timesteps[begin:], theirs.sigmas[begin:].tolist(), strict=False):
+        theirs.scale_model_input(x, t), ours.scale_model_input(x, t)
+        m = (x - 0.8 * torch.tanh(x / (1.0 + sigma**2) + 0.7 * data)) / sigma
+        our, their = (scheduler.step(m, t, x).prev_sample for scheduler in (ours, theirs))
+        assert relative(our, their) < 1e-5
+        x = their

@@ -65,6 +65,11 @@ class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
         near = self._sigma_values[max(row - self._order + 1, 0) : row + 2]
         return len(set(near)) < len(near) or 0.0 in near[:-1]
 
+    def _multiplies(self, run: Run, row: int) -> bool:
+        """Whether it is one of those rows, or weights do not fit the slopes: a run from the middle lacks earlier ones,
+        which may take the state far off."""
+        return row in self._cancelling or len(self.derivatives) < run.table.uses[row].history
+
     def _multiplying(self, table: StepTable, undefined: frozenset[int]) -> Iterator[int]:
         """Rows that multiply what diffusers rounds: those whose terms are large beside the state that they make, and
         the last one of a network that may predict no data at all."""
@@ -98,7 +103,7 @@ class LMSDiscreteScheduler(AddNoise, SigmaScheduler, Theirs):
             self._order, self._run = order, None
         run, row = self._at(timestep)
         dtype = result_dtype(sample, model_output)
-        if row in self._theirs or (row in self._cancelling and dtype in _WIDE):
+        if row in self._theirs or (dtype in _WIDE and self._multiplies(run, row)):
             # As diffusers itself would have kept them.
             self.derivatives = [slope.to(dtype) for slope in self.derivatives]
             return self._leave(model_output, timestep, sample, order, return_dict)
