@@ -142,7 +142,7 @@ def test_usual_runs_have_a_row_for_each_step(steps, spacing):
     assert not ours._theirs | ours._cancelling
 
 
-@pytest.mark.parametrize("begin", [3, 4, 5])
+@pytest.mark.parametrize("begin", [4, 5])
 def test_uneven_steps_from_the_middle(begin):
     """Weights without the slopes that they are for take the state far off, and the last step back."""
     config = {"beta_schedule": "squaredcos_cap_v2", "use_beta_sigmas": True, "steps_offset": 1}

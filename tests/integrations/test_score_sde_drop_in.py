@@ -89,7 +89,7 @@ def test_usual_runs_have_a_row_for_each_step():
     for steps in (20, 100, 2000):
         ours, _ = schedulers(steps, {}, {})
         ours.step_pred(torch.ones(SHAPE), ours.timesteps[0], torch.ones(SHAPE))
-        assert not ours._theirs
+        assert not ours._separate
 
 
 def test_parity_of_thousands_of_levels():

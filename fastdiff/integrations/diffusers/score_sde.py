@@ -26,14 +26,14 @@ from fastdiff.schedules import Array, Schedule
 
 class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
     """Rows of `reverse_sde` by reverse diffusion, and that of its corrector; the few steps of a run so short that the
-    state becomes many times smaller in one are left to diffusers.
+    state becomes many times smaller in one are done term by term, since their rounding shows.
 
-    _theirs   rows of those
+    _separate   rows of those
     """
 
     _discrete_sigmas: Tensor
     _levels: tuple[float, ...]
-    _theirs: frozenset[int] = frozenset()
+    _separate: frozenset[int] = frozenset()
 
     @property
     def discrete_sigmas(self) -> Tensor:
@@ -59,12 +59,14 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
             options = {"generator": generator, "return_dict": return_dict}
             return super().step_pred(model_output, timestep, sample, **options)  # type: ignore[misc]
         run, row = self._row(timestep)
-        if row in self._theirs:
-            return self._leave(model_output, timestep, sample, generator, return_dict)
         noise = draw(sample, generator)
-        x, mean = self._apply(run, row, sample, model_output, noise=noise, dtype=_dtype(sample, model_output))
-        assert mean is not None
-        mean = mean.to(x.dtype)
+        dtype = _dtype(sample, model_output)
+        if row in self._separate:
+            x, mean = _term_by_term(run.table, row, sample.to(dtype), model_output.to(dtype), noise.to(dtype))
+        else:
+            x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
+            assert data is not None
+            mean = data.to(x.dtype)
         return SdeVeOutput(prev_sample=x, prev_sample_mean=mean) if return_dict else (x, mean)
 
     def step_correct(
@@ -79,15 +81,6 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
         x, _ = self._apply(run, 0, sample, model_output, noise=noise, scales=scales, dtype=_dtype(sample, model_output))
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
-    def _leave(self, model_output: Tensor, timestep: Any, sample: Tensor, *options: Any) -> Any:
-        """diffusers' own step, with the levels where it looks them up: on the state's device."""
-        sigmas = self._discrete_sigmas
-        self._discrete_sigmas = sigmas.to(sample.device, non_blocking=True)
-        try:
-            return super().step_pred(model_output, timestep, sample, *options)  # type: ignore[misc]
-        finally:
-            self._discrete_sigmas = sigmas
-
     def _check_timesteps(self) -> None:
         if self.timesteps is None:
             raise ValueError("step: expected a scheduler with timesteps, got none; call set_timesteps first")
@@ -97,7 +90,7 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
         run = self._run
         if run is None:
             run = self._run = Run(_predictor(self._levels), 0, None, "anchor")
-            self._theirs = frozenset(_losing_digits(self._levels[::-1]))
+            self._separate = frozenset(_losing_digits(self._levels[::-1]))
         # float32, as the index is found there: the product may fall on either side of a whole number.
         level = int(np.float32(self._time(timestep)) * np.float32(len(self._times) - 1))
         row = len(run.table) - 1 - level
@@ -116,15 +109,24 @@ def _predictor(sigmas: tuple[float, ...]) -> StepTable:
     levels = np.array(sigmas[::-1])
     # At 0 the last step would have no noise, which diffusers adds.
     made = _reverse_sde(np.append(levels, sys.float_info.min), predictor="reverse_diffusion")
-    squares = np.square(np.append(levels, 0.0).astype(np.float32))
-    added = np.sqrt(squares[:-1] - squares[1:])
+    # PyTorch's root, which is not always NumPy's.
+    squares = torch.tensor([*sigmas[::-1], 0.0], dtype=torch.float32) ** 2
+    roots = (squares[:-1] - squares[1:]) ** 0.5
+    added, factors = roots.numpy(), (roots**2).numpy()
     rows = made.rows.copy()
-    for name, weight in (("x", 1.0), ("m", np.square(added)), ("D", 0.0), ("noise", added)):
+    for name, weight in (("x", 1.0), ("m", factors), ("D", 0.0), ("noise", added)):
         rows[:, NEW_X.start + INPUTS.index(name)] = weight
     rows[:, NEW_ANCHOR] = rows[:, NEW_X]
     rows[:, NEW_ANCHOR.start + INPUTS.index("noise")] = 0.0
     rows.flags.writeable = False
     return made.with_rows(rows)
+
+
+def _term_by_term(made: StepTable, row: int, x: Tensor, score: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """x' and x' without its noise, rounded after every term as diffusers does."""
+    weights = made.rows[row, NEW_X]
+    mean = x + score * float(weights[INPUTS.index("m")])
+    return mean + noise * float(weights[INPUTS.index("noise")]), mean
 
 
 def _losing_digits(levels: Sequence[float]) -> Iterator[int]:
