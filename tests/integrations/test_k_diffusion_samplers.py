@@ -6,6 +6,7 @@ from k_diffusion_drop_in import SHAPE, assert_parity, both, denoiser, distance, 
 from k_diffusion_peer import load
 
 from fastdiff.integrations import k_diffusion
+from fastdiff.integrations.k_diffusion import plans
 
 CHURN = {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 15.0, "s_noise": 1.1}
 OPTIONS = {
@@ -52,6 +53,27 @@ def test_many_steps(name):
     """Their levels' logarithms are rounded in the levels' dtype, which short steps add up."""
     options = {} if name == "dpmpp_2m" else {"noise_sampler": given_noise}
     assert_parity(name, start(14.6), karras(600, 0.03, 14.6), model=_plain, **options)
+
+
+@pytest.mark.filterwarnings("ignore::scipy.integrate.IntegrationWarning")
+@pytest.mark.parametrize("order", [2, 4, 6])
+@pytest.mark.parametrize("steps", [50, 200, 999])
+def test_many_steps_of_lms(steps, order):
+    """Its integrals are taken in float32, and where levels lie close its weights are large."""
+    if steps == 999 and order != 4:
+        pytest.skip("as the others, and slow")
+    assert_parity("lms", start(14.6), karras(steps, 0.03, 14.6), model=_plain, order=order)
+
+
+@pytest.mark.parametrize("sigmas", [[80.0, 0.0], [80.0, 40.0, 0.0], [80.0, 60.0, 40.0, 20.0, 0.02, 0.0]], ids=str)
+def test_long_steps_of_lms(sigmas):
+    assert_parity("lms", start(80.0), torch.tensor(sigmas), model=_plain)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 30])
+def test_usual_runs_of_lms_are_rows(steps):
+    levels = tuple(karras(steps, 0.03, 14.6).tolist())
+    assert not plans.lms_multiplies_rounding(levels, torch.float32, 4)
 
 
 @pytest.mark.parametrize("name", DRAWING)

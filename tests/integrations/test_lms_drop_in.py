@@ -82,3 +82,79 @@ def test_a_missing_scale_model_input_is_warned_of():
         scheduler.set_timesteps(3)
         with pytest.warns(UserWarning, match="scale_model_input"):
             scheduler.step(x, scheduler.timesteps[0], x)
+
+
+@pytest.mark.parametrize("spacing", [{}, {"use_karras_sigmas": True}, {"use_beta_sigmas": True}], ids=str)
+def test_weights_are_those_of_diffusers(spacing):
+    """Which depend on what float32 leaves of the levels' differences."""
+    ours, theirs = pair(NAME, {**FEW, **spacing})
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(90)
+    for row in (3, 40, 88):
+        mine, others = ([s.get_lms_coefficient(4, row, j) for j in range(4)] for s in (ours, theirs))
+        assert mine == others
+
+
+@pytest.mark.parametrize("shrunk", [1.0, 1 / 30])
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        ({"beta_schedule": "squaredcos_cap_v2", "use_exponential_sigmas": True, "timestep_spacing": "leading"}, 100),
+        ({"use_karras_sigmas": True}, 50),
+        ({"use_exponential_sigmas": True}, 50),
+        ({"timestep_spacing": "trailing"}, 100),
+    ],
+    ids=str,
+)
+def test_last_steps_that_multiply_the_rounding_of_slopes(config, steps, shrunk):
+    """Levels lie close before the last one, and a polynomial through them is large at 0."""
+    config = {**config, "prediction_type": "v_prediction"}
+    ours, theirs = pair(NAME, config)
+    first = steps - 8
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(first)
+    generator = torch.Generator().manual_seed(1)
+    x = shrunk * torch.randn(SHAPE, generator=generator) * (1.0 + float(theirs.sigmas[first]) ** 2) ** 0.5
+    for t in theirs.timesteps[first:]:
+        m = network(theirs.scale_model_input(x, t), t)
+        ours.scale_model_input(x, t)
+        our, their = (scheduler.step(m, t, x).prev_sample for scheduler in (ours, theirs))
+        assert relative(our, their) < 1e-5
+        x = their
+
+
+@pytest.mark.parametrize("steps", [1, 4, 30])
+@pytest.mark.parametrize("order", [1, 4])
+def test_a_network_that_predicts_no_data_at_the_end(order, steps):
+    """The state is then what rounding leaves of it."""
+    options = {"steps": steps, "step_options": {"order": order}}
+    assert_parity(NAME, {"prediction_type": "sample"}, model=lambda x, t: x * float(t) / (float(t) + 1.0), **options)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("steps", [10, 20, 30, 50, 100])
+def test_usual_runs_have_a_row_for_each_step(steps, spacing):
+    ours, _ = pair(NAME, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+    ours.register_to_config(timestep_spacing=spacing)
+    ours.set_timesteps(steps)
+    ours._begin(0)
+    assert not ours._theirs | ours._cancelling
+
+
+@pytest.mark.parametrize("begin", [4, 5])
+def test_uneven_steps_from_the_middle(begin):
+    """Weights without the slopes that they are for take the state far off, and the last step back."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "use_beta_sigmas": True, "steps_offset": 1}
+    ours, theirs = pair(NAME, config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7)
+        scheduler.set_begin_index(begin)
+    data, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(4))
+    x = 0.5 * data + float(theirs.sigmas[begin]) * noise
+    for t, sigma in zip(theirs.timesteps[begin:], theirs.sigmas[begin:].tolist(), strict=False):
+        theirs.scale_model_input(x, t), ours.scale_model_input(x, t)
+        m = (x - 0.8 * torch.tanh(x / (1.0 + sigma**2) + 0.7 * data)) / sigma
+        our, their = (scheduler.step(m, t, x).prev_sample for scheduler in (ours, theirs))
+        assert relative(our, their) < 1e-5
+        x = their

@@ -22,6 +22,12 @@ def large(x: Tensor, sigma: float) -> Tensor:
     return -0.5 * x / sigma**1.5
 
 
+def exact(x: Tensor, sigma: float) -> Tensor:
+    """Of data of size 1, of which the state has little: what is left of a large step is a small difference."""
+    data = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))
+    return -(x - torch.tanh(x / (1.0 + sigma**2) + 0.5 * data)) / sigma**2
+
+
 def schedulers(steps: int, config: dict, calls: dict, levels: int | None = None):
     both = pair(NAME, config)
     for scheduler in both:
@@ -69,6 +75,21 @@ def test_parity(config, calls, network):
         for our, their in steps_of(schedulers(steps, config, calls), network):
             assert our.dtype == their.dtype
             assert relative(our, their) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 6, 7, 8, 9, 12])
+@pytest.mark.parametrize("config", [{}, {"sigma_min": 0.002}, {"sigma_max": 80.0}], ids=str)
+def test_few_steps(config, steps):
+    """Each makes the state many times smaller, so that what is left of it is rounding as diffusers does it."""
+    for our, their in steps_of(schedulers(steps, config, {}), exact):
+        assert relative(our, their) < 1e-5
+
+
+def test_usual_runs_have_a_row_for_each_step():
+    for steps in (20, 100, 2000):
+        ours, _ = schedulers(steps, {}, {})
+        ours.step_pred(torch.ones(SHAPE), ours.timesteps[0], torch.ones(SHAPE))
+        assert not ours._separate
 
 
 def test_parity_of_thousands_of_levels():

@@ -1,5 +1,6 @@
 """The linear multistep method against Gauss-Legendre integrals, k-diffusion and diffusers."""
 
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -14,9 +15,13 @@ from mixture import Mixture
 
 from fastdiff import samplers, schedules
 from fastdiff.errors import InputError
+from fastdiff.samplers.grid import GridOptions, build
+from fastdiff.samplers.lms import lms, quadrature, slope_rounding
+from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.terms import ADAMS_BASHFORTH, lagrange_weights
 
 VP, MIXTURE = schedules.linear(1000), Mixture()
+PROBLEM = Problem(VP, build(VP, 6, GridOptions(spacing="karras")), "epsilon", None)
 ABSCISSAS, GAUSS = np.polynomial.legendre.leggauss(4)
 
 
@@ -114,6 +119,40 @@ def test_diffusers_configuration(config, options):
 def test_k_diffusion(order):
     grid = samplers.build("euler", schedule=VE, steps=12, prediction="sample", spacing="karras").grid
     assert_k_parity("lms", "lms", torch.from_numpy(grid.sigmas).float(), their={"order": order}, order=order)
+
+
+NEAR = (0.03, 0.0301, 0.0302, 0.0303)
+
+
+def test_integrals_in_float64_are_exact():
+    nodes = [7.0, 9.0, 12.0, 16.0]
+    found = [quadrature(tuple(nodes), 6.0, j, "float64") for j in range(4)]
+    np.testing.assert_allclose(found, [integral(nodes, j, 7.0, 6.0) for j in range(4)], rtol=1e-12)
+    exact, made = (lms(PROBLEM, integrals=integrals).rows for integrals in ("exact", "float64"))
+    np.testing.assert_allclose(made, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_integrals_in_float32_keep_the_rounding_of_near_levels():
+    exact, *found = (
+        np.array([quadrature(NEAR, 0.0299, j, precision) for j in range(4)]) for precision in ("float64", "float32")
+    )
+    assert 1e-5 < np.abs(found[0] / exact - 1.0).max() < 0.1
+
+
+def test_integrals_without_scipy_are_exact(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    for j, weight in enumerate(lagrange_weights(NEAR, 0.0299)):
+        assert quadrature.__wrapped__(NEAR, 0.0299, j, "float32") == pytest.approx(weight * (0.0299 - NEAR[0]))
+
+
+def test_slope_rounding_of_one_step():
+    """(r - r') sqrt(1 + r^2)/r / sqrt(1 + r'^2)."""
+    assert slope_rounding([3.0, 1.0], 0, 4, "float64") == pytest.approx(2.0 * 10.0**0.5 / 3.0 / 2.0**0.5)
+
+
+def test_bad_integrals_are_refused():
+    with pytest.raises(InputError, match="lms: integrals"):
+        lms(PROBLEM, integrals="float8")
 
 
 @pytest.mark.parametrize("order", [0, 5, 2.0, True])

@@ -53,10 +53,11 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
         """The state at the next level, in the dtype of `model_output`; s_churn to s_noise change nothing."""
         refuse_index(timestep)
         run, index, dtype = self._run, self._step_index, model_output.dtype
-        short = run is not None and index is not None and run.levels is self._sigmas and self._is_short
-        if short and sample.dtype is dtype and per_token_timesteps is None:
+        known = run is not None and index is not None and run.levels is self._sigmas
+        if known and self._is_short and sample.dtype is dtype and per_token_timesteps is None:
             # The way of nearly every step. diffusers' is a product and a sum, beside which every check would show.
-            assert run is not None and index is not None
+            assert run is not None
+            assert index is not None
             made = plain_step(sample, model_output, run.rows, index - run.start, None, (), None, False, False)
             if made is not None:
                 self._step_index = index + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastdiff import schedules
 from fastdiff.integrations.diffusers.scheduler import Run, Scheduler, draw
+from fastdiff.integrations.diffusers.sigma_space import MOST_SHRINK
 from fastdiff.integrations.diffusers.tables import table
 from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_X
 from fastdiff.samplers.table import StepTable
@@ -23,10 +25,15 @@ from fastdiff.schedules import Array, Schedule
 
 
 class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
-    """Rows of `reverse_sde` by reverse diffusion, and that of its corrector."""
+    """Rows of `reverse_sde` by reverse diffusion, and that of its corrector; the few steps of a run so short that the
+    state becomes many times smaller in one are done term by term, since their rounding shows.
+
+    _separate   rows of those
+    """
 
     _discrete_sigmas: Tensor
     _levels: tuple[float, ...]
+    _separate: frozenset[int] = frozenset()
 
     @property
     def discrete_sigmas(self) -> Tensor:
@@ -53,9 +60,13 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
             return super().step_pred(model_output, timestep, sample, **options)  # type: ignore[misc]
         run, row = self._row(timestep)
         noise = draw(sample, generator)
-        x, mean = self._apply(run, row, sample, model_output, noise=noise, dtype=_dtype(sample, model_output))
-        assert mean is not None
-        mean = mean.to(x.dtype)
+        dtype = _dtype(sample, model_output)
+        if row in self._separate:
+            x, mean = _term_by_term(run.table, row, sample.to(dtype), model_output.to(dtype), noise.to(dtype))
+        else:
+            x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
+            assert data is not None
+            mean = data.to(x.dtype)
         return SdeVeOutput(prev_sample=x, prev_sample_mean=mean) if return_dict else (x, mean)
 
     def step_correct(
@@ -79,6 +90,7 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
         run = self._run
         if run is None:
             run = self._run = Run(_predictor(self._levels), start=0, levels=None, data="anchor")
+            self._separate = frozenset(_losing_digits(self._levels[::-1]))
         # float32, as the index is found there: the product may fall on either side of a whole number.
         level = int(np.float32(self._time(timestep)) * np.float32(len(self._times) - 1))
         row = len(run.table) - 1 - level
@@ -89,16 +101,40 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
 
 @lru_cache(maxsize=16)
 def _predictor(sigmas: tuple[float, ...]) -> StepTable:
-    """Rows that also write x' without its noise, as the anchor."""
-    # Neighbours among thousands of levels differ by so little that the rounding of diffusers' squares shows. At 0 the
-    # last step would have no noise, which diffusers adds.
-    levels = np.sqrt(np.square(np.array(sigmas[::-1], dtype=np.float32)).astype(np.float64))
+    """Rows that also write x' without its noise, as the anchor.
+
+    They are x + G^2 score + G z as diffusers rounds G: it shows where neighbours among thousands of levels differ by
+    little, and where what is left of x is small.
+    """
+    levels = np.array(sigmas[::-1])
+    # At 0 the last step would have no noise, which diffusers adds.
     made = _reverse_sde(np.append(levels, sys.float_info.min), predictor="reverse_diffusion")
+    # PyTorch's root, which is not always NumPy's.
+    squares = torch.tensor([*sigmas[::-1], 0.0], dtype=torch.float32) ** 2
+    roots = (squares[:-1] - squares[1:]) ** 0.5
+    added, factors = roots.numpy(), (roots**2).numpy()
     rows = made.rows.copy()
+    for name, weight in (("x", 1.0), ("m", factors), ("D", 0.0), ("noise", added)):
+        rows[:, NEW_X.start + INPUTS.index(name)] = weight
     rows[:, NEW_ANCHOR] = rows[:, NEW_X]
     rows[:, NEW_ANCHOR.start + INPUTS.index("noise")] = 0.0
     rows.flags.writeable = False
     return made.with_rows(rows)
+
+
+def _term_by_term(made: StepTable, row: int, x: Tensor, score: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """x' and x' without its noise, rounded after every term as diffusers does."""
+    weights = made.rows[row, NEW_X]
+    mean = x + score * float(weights[INPUTS.index("m")])
+    return mean + noise * float(weights[INPUTS.index("noise")]), mean
+
+
+def _losing_digits(levels: Sequence[float]) -> Iterator[int]:
+    """Rows whose state without noise is much smaller than the one before, which has the noise of the level before it:
+    (sigma' / sigma)^2 of that is left, and data of size 1."""
+    for row, (before, start, end) in enumerate(zip((0.0, *levels), levels, (*levels[1:], 0.0), strict=False)):
+        if math.hypot(1.0, before, start) >= MOST_SHRINK * math.hypot(1.0, end**2 / max(start, sys.float_info.min)):
+            yield row
 
 
 @lru_cache(maxsize=1)

@@ -24,6 +24,7 @@ from fastdiff.samplers.dpm_singlestep import DEFAULT_NODES, between_blocks, fast
 from fastdiff.samplers.euler import Split
 from fastdiff.samplers.exponential import Data, Form, Noise
 from fastdiff.samplers.grid import Grid
+from fastdiff.samplers.lms import MOST_SLOPE_ROUNDING, slope_rounding
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.singlestep import Aim, block_rows
 from fastdiff.samplers.table import StepTable, fraction, make_table, whole
@@ -33,6 +34,7 @@ Levels = tuple[float, ...]
 _KEPT_PLANS = 64
 _SMALLEST = 1e-30
 _APART = 1e-12
+_MOST_SHRINK = 16.0
 # By type as well: True is no 1.0.
 _cached = lru_cache(maxsize=_KEPT_PLANS, typed=True)
 
@@ -68,6 +70,13 @@ def logarithmic(levels: Levels, dtype: torch.dtype) -> Levels:
     return tuple(math.exp(logarithm) for logarithm in logarithms)
 
 
+def integrals_in(dtype: torch.dtype) -> str:
+    """The precision in which k-diffusion integrates: that of a number of sigmas less one of Python, which before NumPy
+    2 is float64. bfloat16, which NumPy lacks and k-diffusion refuses, is integrated in float32."""
+    name = "float32" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+    return (0.0 - np.ones(1, dtype=name)[0]).dtype.name
+
+
 @_cached
 def churned(
     method: str, levels: Levels, dtype: torch.dtype, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
@@ -87,9 +96,27 @@ def churned(
 
 
 @_cached
-def lms(levels: Levels, order: int) -> Plan:
-    table = samplers.find("lms").rows(problem_of(levels), order=order)
+def lms(levels: Levels, dtype: torch.dtype, order: int) -> Plan:
+    table = samplers.find("lms").rows(problem_of(levels), order=order, integrals=integrals_in(dtype))
     return _single(table, promotes=True)
+
+
+@_cached
+def lms_multiplies_rounding(levels: Levels, dtype: torch.dtype, order: int) -> bool:
+    """Whether other arithmetic than k-diffusion's ends in other digits: somewhere the state becomes many times smaller,
+    or a weight is large, as where many levels lie close and the last step goes on to 0.
+
+    Repeated levels, at which k-diffusion divides by 0, are no such case.
+    """
+    steps = list(pairwise(levels))
+    if any(start == end for start, end in steps):
+        return False
+    precision = integrals_in(dtype)
+    return any(
+        math.hypot(1.0, start) >= _MOST_SHRINK * math.hypot(1.0, end)
+        or not slope_rounding(levels, row, order, precision) < MOST_SLOPE_ROUNDING
+        for row, (start, end) in enumerate(steps)
+    )
 
 
 @_cached
