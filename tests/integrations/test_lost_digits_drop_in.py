@@ -28,6 +28,16 @@ def normal_network(x: Tensor, t: object) -> Tensor:
     return (m / m.std().clamp(min=1e-6)).to(x.dtype)
 
 
+def bounded_network(x: Tensor, t: object) -> Tensor:
+    """An output like the state, of a standard deviation of at most 1."""
+    m = network(x, t)
+    return m / m.std().clamp(min=1e-6) * x.std().clamp(max=1.0)
+
+
+def scaled_network(x: Tensor, t: Tensor) -> Tensor:
+    return x * t / (t + 1)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ONE_CALL + TWO_CALLS)
@@ -83,12 +93,15 @@ def test_two_call_run_from_the_second_of_equal_timesteps() -> None:
     assert_parity("KDPM2AncestralDiscreteScheduler", config, steps=7, model=normal_network)
 
 
-@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverSinglestepScheduler"])
-def test_multistep_run_from_the_second_of_equal_timesteps(name: str) -> None:
+@pytest.mark.parametrize("lowers", [True, False])
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"])
+def test_multistep_run_from_the_second_of_equal_timesteps(name: str, lowers: bool) -> None:
     """As many steps as diffusers can take, and then the error that it raises."""
-    config = {**COSINE, "use_beta_sigmas": True, "prediction_type": "flow_prediction", "final_sigmas_type": "sigma_min"}
+    config = {**COSINE, "use_beta_sigmas": True, "prediction_type": "flow_prediction", "lower_order_final": lowers}
+    if name != "SASolverScheduler":
+        config |= {"final_sigmas_type": "sigma_min", "solver_order": 2}
     ends = []
-    for scheduler in pair(name, {**config, "solver_order": 2, "lower_order_final": True}):
+    for scheduler in pair(name, config):
         scheduler.set_timesteps(3)
         x, results = torch.ones(SHAPE), []
         try:
@@ -142,3 +155,79 @@ def test_usual_schedules_have_a_row_for_each_step(name: str) -> None:
         for t in ours.timesteps:
             x = ours.step(network(ours.scale_model_input(x, t), t), t, x).prev_sample
         assert not ours._theirs.intersection(range(len(ours.timesteps)))
+
+
+MULTISTEP = (
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "steps"),
+    [
+        ("UniPCMultistepScheduler", {"timestep_spacing": "trailing", "use_karras_sigmas": True}, 20),
+        ("UniPCMultistepScheduler", {"timestep_spacing": "trailing", "use_karras_sigmas": True}, 50),
+        ("UniPCMultistepScheduler", {"use_exponential_sigmas": True}, 33),
+        ("DPMSolverSinglestepScheduler", {"use_exponential_sigmas": True, "solver_order": 3}, 4),
+    ],
+)
+def test_flow_predictions_on_the_cosine_schedule(name: str, config: dict[str, object], steps: int) -> None:
+    """Earlier outputs are thousands of times larger than the state, and later states are what is left of it."""
+    config = {**COSINE, "prediction_type": "flow_prediction", **config}
+    assert_parity(name, config, steps=steps, begin=0, model=bounded_network)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 20])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_multistep_on_the_cosine_schedule(name: str, kind: str, steps: int) -> None:
+    for model in (bounded_network, scaled_network):
+        assert_parity(name, {**COSINE, "prediction_type": kind}, steps=steps, model=model)
+
+
+@pytest.mark.parametrize("levels", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_stochastic_run_that_is_called_with_earlier_timesteps(levels: str) -> None:
+    """From the second of equal timesteps on, each index has the timestep before its own, and so its tau."""
+    ours, theirs = pair("SASolverScheduler", {**COSINE, levels: True, "timestep_spacing": "trailing"})
+    steps = 10
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps)
+    draws = [torch.Generator().manual_seed(2) for _ in range(2)]
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    for t in theirs.timesteps[: steps - 1]:
+        m = bounded_network(x, t)
+        their, our = (
+            scheduler.step(m, t, x, generator=draw).prev_sample
+            for scheduler, draw in zip((theirs, ours), draws, strict=True)
+        )
+        assert (our - their).norm() < 1e-5 * their.norm()
+        x = their
+
+
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**STABLE, "timestep_spacing": "leading"},
+        {**STABLE, "timestep_spacing": "leading", "use_karras_sigmas": True},
+        {**STABLE, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        FLOW,
+    ],
+    ids=["stable diffusion", "karras", "v", "flow"],
+)
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_usual_multistep_runs_have_a_row_for_each_step(name: str, config: dict[str, object], steps: int) -> None:
+    ours, _ = pair(name, config)
+    ours.set_timesteps(steps)
+    x = torch.ones(SHAPE)
+    ours.step(x, ours.timesteps[0], x)
+    assert len(ours._steps.table) == len(ours.timesteps)
+    assert not ours._steps.theirs

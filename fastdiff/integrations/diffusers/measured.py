@@ -8,9 +8,10 @@ the second digit at 999 steps), and exact ones would make other steps than its o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.tables import threshold_of
+from fastdiff.integrations.diffusers.trial import rows_left
 from fastdiff.ops.row import (
     CLIP,
     GUIDANCE,
@@ -56,13 +58,15 @@ class Measured:
 
     fault        what the step after the last row ends in, where diffusers has fewer steps than timesteps
     theirs       rows that are left to diffusers: those of large terms that cancel, so that the rounding of each is left
-                 (with the noise prediction, backwards, and where data are bounded near to pure noise), and those in
-                 which it divides by zero
+                 (with the noise prediction, backwards, and where data are bounded near to pure noise), those in which
+                 it divides by zero, and those that a trial has shown to be others (`rows_left`)
+    last_noise   how much of the last step's noise each row wants in its anchor
     """
 
     table: StepTable
     fault: Exception | None
     theirs: frozenset[int]
+    last_noise: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,11 @@ class Solver:
 
     anchor      the attribute that holds the earlier state which a later step starts from
     corrector   the method that corrects the state before a step is taken from it
-    mixes       whether its own step can be taken between ours
     """
 
     theirs: Any
     anchor: str | None = None
     corrector: str | None = None
-    mixes: bool = True
 
 
 def measured(scheduler: Any, solver: Solver, start: int, settings: tuple[tuple[str, Hashable], ...]) -> Measured:
@@ -128,13 +130,11 @@ class _Step:
         rest = {name: value for name, value in self.moved.items() if name != "x"}
         return total((self.moved.get("x", 0.0), self.start), (1.0, self._sum(rest)))
 
-    def anchor(self, following: _Step | None) -> Coefficients:
-        """x_c with as much of the noise as its correction in the next step will want beside it."""
-        if not self.keeps:
-            return {}
-        wanted = (following.correction if following else None) or {}
-        noise = wanted["last_noise"] / wanted["anchor"] if wanted.get("last_noise") else 0.0
-        return total((1.0, self.start), (noise, {"noise": 1.0}))
+    @property
+    def last_noise(self) -> float:
+        """What the row wants of it beside 1 of the anchor."""
+        wanted = self.correction or {}
+        return wanted["last_noise"] / wanted["anchor"] if "last_noise" in wanted else 0.0
 
     def _sum(self, terms: Coefficients) -> Coefficients:
         return total(*((value, self.q if name == "q" else {name: 1.0}) for name, value in terms.items()))
@@ -152,25 +152,35 @@ class _Probe:
         units = torch.eye(len(_COLUMNS), dtype=torch.float64, device="cpu").unsqueeze(1)
         self._units = dict(zip(_COLUMNS, units, strict=True))
         self.solver, self._probe, self._start = solver, probe, start
-        self._times, self._outputs = scheduler._times, len(scheduler.model_outputs)
+        self.times, self._outputs = scheduler._called(), len(scheduler.model_outputs)
         self._correction: Tensor | None = None
         self._generator = torch.Generator()
+        self._patched = ["convert_model_output", "_threshold_sample"]
         probe.convert_model_output = lambda *_, **__: self._units["q"]
         for name in dir(theirs):
             if name.endswith("_update"):
                 setattr(probe, name, self._with_units(getattr(theirs, name), name == solver.corrector))
+                self._patched.append(name)
+
+    def unpatched(self) -> Any:
+        """diffusers' own class before its first step, which is its own."""
+        probe = copy.copy(self._probe)
+        for name in self._patched:
+            delattr(probe, name)
+        probe._step_index = self._start
+        return probe
 
     def levels(self) -> tuple[Array, Array]:
         """(alpha, sigma) of the points that the steps are between."""
         alphas, sigmas = self.solver.theirs._sigma_to_alpha_sigma_t(self._probe, self._probe.sigmas)
-        count = len(self._times) + 1
+        count = len(self.times) + 1
         return alphas.double().expand(sigmas.shape)[:count].numpy(), sigmas[:count].double().numpy()
 
     def steps(self) -> tuple[list[_Step], Exception | None]:
         """Every step, or those before the one that cannot be taken, and what that ends in."""
         made: list[_Step] = []
         try:
-            while self._probe._step_index < len(self._times):
+            while self._probe._step_index < len(self.times):
                 made.append(self._step())
         except _FAULTS as fault:
             if not made:
@@ -191,7 +201,7 @@ class _Probe:
         self._correction = None
         takes = "generator" in solver.theirs.step.__code__.co_varnames
         options = {"generator": self._generator} if takes else {}
-        moved = solver.theirs.step(probe, units["q"], self._times[index], units["x"], return_dict=False, **options)[0]
+        moved = solver.theirs.step(probe, units["q"], self.times[index], units["x"], return_dict=False, **options)[0]
         readable = {"x", "q", "noise", *HISTORY[:known]} | ({"anchor", "last_noise"} if known else set())
         keeps = solver.anchor is not None and getattr(probe, solver.anchor) is units["x"]
         correction = None if self._correction is None else _coefficients(self._correction, readable, "anchor")
@@ -200,6 +210,9 @@ class _Probe:
         exact = (
             state < _MOST_GROWTH and outputs < _MOST_WEIGHT and not (bounded and abs(linear.x) > _MOST_GROWTH_OF_DATA)
         )
+        if correction is not None and "anchor" not in correction:
+            # There the last noise would have nothing to go with.
+            correction, exact = {name: correction[name] for name in correction if name != "last_noise"}, False
         return _Step(linear, bounded, q, coefficients, correction, keeps, exact)
 
     def _conversion(self) -> tuple[Linear, Coefficients, bool]:
@@ -249,9 +262,9 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> Measured:
     end = start + len(steps) + 1
     times = np.array([*scheduler._times, 0.0])[start:end]
     alphas, sigmas = (values[start:end] for values in probe.levels())
-    rows = np.stack([_row(*pair) for pair in zip(steps, [*steps[1:], None], strict=True)])
+    rows = np.stack([_row(step) for step in steps])
     read = {name for i, name in enumerate(INPUTS) if rows[:, [NEW_X.start + i, NEW_ANCHOR.start + i]].any()}
-    theirs = frozenset(i for i, step in enumerate(steps) if not step.exact and probe.solver.mixes)
+    theirs = frozenset(i for i, step in enumerate(steps) if not step.exact)
     if not theirs and not scheduler._counted() and not read.intersection(HISTORY):
         rows[:, NEW_HISTORY] = 0.0
     if not theirs and "anchor" not in read:
@@ -271,14 +284,16 @@ def _measure(probe: _Probe, scheduler: Any, start: int) -> Measured:
         threshold=threshold_of(scheduler.config) if any(step.bounded for step in steps) else None,
         snr=np.zeros(len(rows)),
     )
-    return Measured(table, fault, theirs)
+    made = Measured(table, fault, theirs, tuple(step.last_noise for step in steps))
+    left = rows_left(scheduler, probe.unpatched(), made, probe.times[start : end - 1], np.hypot(alphas, sigmas))
+    return replace(made, theirs=theirs.union(range(left)))
 
 
-def _row(step: _Step, following: _Step | None) -> Array:
+def _row(step: _Step) -> Array:
     row = np.zeros(ROW_SIZE)
     row[GUIDANCE] = row[INPUT_SCALE] = 1.0
     row[PREDICTION] = step.data.x, step.data.m
     row[CLIP] = 1.0 if step.bounded else np.inf
-    for block, terms in ((NEW_X, step.end), (NEW_HISTORY, step.q), (NEW_ANCHOR, step.anchor(following))):
+    for block, terms in ((NEW_X, step.end), (NEW_HISTORY, step.q), (NEW_ANCHOR, step.start if step.keeps else {})):
         row[block] = [terms.get(name, 0.0) for name in INPUTS]
     return row

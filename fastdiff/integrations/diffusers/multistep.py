@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,6 +42,10 @@ class MultistepScheduler(IndexedScheduler):
         """Attributes that the steps depend on, as `measured` takes them."""
         return ()
 
+    def _called(self) -> Sequence[float]:
+        """The timestep that the step of each index is called with."""
+        return self._times
+
     def _table(self, start: int) -> tuple[StepTable, bool]:
         self._steps = measured(self, self._solver, start, self._settings())
         return self._steps.table, False
@@ -71,6 +75,8 @@ class MultistepScheduler(IndexedScheduler):
         if model_output.shape != sample.shape:
             return None
         if self._step_index is not None and self._step_index >= len(self._times):
+            # There diffusers ends in an error whatever the outputs are, but another one where they are missing.
+            self.model_outputs = [model_output] * len(self.model_outputs)
             return None
         run, row = self._at(timestep)
         if row >= len(run.table) and self._steps.fault is not None:
@@ -102,7 +108,7 @@ class MultistepScheduler(IndexedScheduler):
         run.history = ()
         if use.history:
             run.history = tuple([_plain(output, wide) for output in outputs[: -1 - use.history : -1]])
-        run.anchor = _plain(self._anchor(), wide) if use.anchor else None
+        run.anchor = _plain(self._read_anchor(row), wide) if use.anchor else None
         if noise is not None and noise.shape != sample.shape:
             noise = noise.expand(sample.shape)
         x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
@@ -123,6 +129,10 @@ class MultistepScheduler(IndexedScheduler):
     def _anchor(self) -> Any:
         """The earlier state that a step starts from."""
         return None if self._solver.anchor is None else getattr(self, self._solver.anchor)
+
+    def _read_anchor(self, row: int) -> Tensor:
+        """The same as a row reads it."""
+        return self._anchor()
 
     def _keep(self, anchor: Tensor | None) -> None:
         if self._solver.anchor is not None:

@@ -17,7 +17,7 @@ from fastdiff.integrations.diffusers.noising import AddNoise
 class UniPCMultistepScheduler(AddNoise, MultistepScheduler, diffusers.UniPCMultistepScheduler):
     """The steps of `unipc`.
 
-    With another scheduler as `solver_p`, or with `predict_x0=False`, whose terms cancel, the steps are diffusers' own.
+    With another scheduler as `solver_p` the steps are diffusers' own.
     """
 
     _form = "vp"
@@ -33,7 +33,7 @@ class UniPCMultistepScheduler(AddNoise, MultistepScheduler, diffusers.UniPCMulti
 
     def _look(self) -> None:
         super()._look()
-        self._measured = self._measured and self.predict_x0 and not self.solver_p
+        self._measured = self._measured and not self.solver_p
         self._lowers = self.config.lower_order_final
 
     def _advance(self) -> None:
