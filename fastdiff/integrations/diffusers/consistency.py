@@ -52,6 +52,7 @@ class LCMScheduler(_Distilled, diffusers.LCMScheduler):
     """Rows of `lcm`."""
 
     _method = "lcm"
+    sigma_data = 0.5
 
     def _step(self, key: tuple[int, int], options: Any) -> Step:
         time, index = key

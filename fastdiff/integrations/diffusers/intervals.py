@@ -88,9 +88,12 @@ def _made(
 
 def _problem(steps: Sequence[Step], prediction: str, clip: float | None, threshold: Threshold | None) -> Problem:
     starts = np.array([step.start for step in steps] + [steps[-1].end])
+    single = starts.astype(np.float32)
+    # x - sigma m cancels near pure noise, so that the last bit of diffusers' float32 sigma shows there.
+    added = np.float32(1.0) - single if np.array_equal(single, starts) else 1.0 - starts
     times = np.array([step.timestep for step in steps] + [0.0])
     levels = [(math.sqrt(step.end), math.sqrt(1.0 - step.end), step.added, step.shrink) for step in steps]
-    grid = Grid(times, np.sqrt(starts), np.sqrt(1.0 - starts))
+    grid = Grid(times, np.sqrt(starts), np.sqrt(added).astype(np.float64))
     return Problem(_TRAINED, grid, prediction, clip, threshold, [End(0.0, *level) for level in levels])
 
 
