@@ -44,6 +44,9 @@ class _Distilled(Velocity, ByTimestep, IndexedScheduler):
         self._advance()
         return result
 
+    def _root(self, square: Tensor) -> Tensor:
+        return square.sqrt()
+
     def _data_dtype(self, sample: Tensor, model_output: Tensor) -> torch.dtype:
         return joint_dtype(sample, model_output)
 

@@ -153,7 +153,8 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         assert index is not None
         first = self.dt is None
         fits = sample.shape == model_output.shape
-        if self._slope is not None or (first and not (fits and self._has_rows(index, s_churn))):
+        over = index >= len(self._times)
+        if over or self._slope is not None or (first and not (fits and self._has_rows(index, s_churn))):
             churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
             theirs = super().step  # type: ignore[misc]
             return theirs(model_output, timestep, sample, **churn, generator=generator, return_dict=return_dict)
