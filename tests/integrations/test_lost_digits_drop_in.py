@@ -167,6 +167,8 @@ def test_bounded_data_after_a_far_step() -> None:
     config = {**COSINE, "beta_end": 0.012, "use_beta_sigmas": True, "clip_sample": True}
     for steps in (2, 3):
         assert_parity("HeunDiscreteScheduler", config, steps=steps)
+    config = {**COSINE, "num_train_timesteps": 100, "use_karras_sigmas": True, "prediction_type": "sample"}
+    assert_parity("HeunDiscreteScheduler", config, steps=2, model=normal_network)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

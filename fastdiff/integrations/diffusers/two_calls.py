@@ -38,8 +38,8 @@ class TwoCallScheduler(AddNoise, SigmaScheduler):
         ends, lost = self._ends.tolist(), False
         for first, (start, end) in zip(range(0, len(sigmas), 2), pairwise(ends), strict=False):
             far = start > _MOST_RATIO * end > 0.0
-            # Rounding that a far step has made large leaves a state that bounded data are nothing beside.
-            hidden = lost and end == 0.0 and self.config.get("clip_sample")
+            # Rounding that a far step has made large leaves a state that the data are nothing beside.
+            hidden = lost and end == 0.0
             if start == end or not keeps_digits(start, end) or far or hidden:
                 yield from (first, first + 1)
             lost |= far
