@@ -126,3 +126,12 @@ def test_ranks(name, shape):
 def test_half(name, dtype):
     for prediction in ("epsilon", "sample", "v_prediction"):
         assert_close_in_half(name, {"prediction_type": prediction}, dtype)
+
+
+def test_the_boundary_has_the_scale_of_the_data():
+    ours, theirs = pair("LCMScheduler")
+    x = torch.ones(SHAPE)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(2)
+        scheduler.step(x, scheduler.timesteps[0], x)
+    assert ours.sigma_data == theirs.sigma_data

@@ -200,3 +200,30 @@ def test_a_step_after_the_last_is_refused():
             scheduler.step(x, t, x)
         with pytest.raises(IndexError):
             scheduler.step(x, t, x)
+
+
+@pytest.mark.parametrize("churn", [{}, {"s_churn": 5.0, "s_noise": 1.01}], ids=["plain", "churn"])
+def test_public_state_of_heun_is_that_of_diffusers(churn):
+    ours, theirs = pair(HEUN)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(4)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in theirs.timesteps:
+        for scheduler in (ours, theirs):
+            scheduler.step(0.5 * x, t, x, generator=torch.Generator().manual_seed(1), **churn)
+        for field in ("sample", "dt", "prev_derivative"):
+            their, our = getattr(theirs, field), getattr(ours, field)
+            assert (our is None) == (their is None), field
+            assert their is None or relative(torch.as_tensor(our), torch.as_tensor(their)) < 1e-5, field
+
+
+def test_heun_beyond_the_last_level():
+    """Begun between two calls, diffusers divides by the last level, zero, in its last call."""
+    results = []
+    for scheduler in pair(HEUN):
+        scheduler.set_timesteps(4)
+        x = torch.full((1, 3, 4, 4), 0.5)
+        for t in scheduler.timesteps[1:]:
+            result = scheduler.step(0.3 * x, t, x).prev_sample
+        results.append(result)
+    assert torch.equal(*(result.isfinite() for result in results))

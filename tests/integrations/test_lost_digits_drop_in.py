@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from drop_in import SHAPE, assert_parity, network, pair
+from drop_in import SHAPE, assert_parity, network, pair, relative, start
 from torch import Tensor
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
@@ -231,3 +231,45 @@ def test_usual_multistep_runs_have_a_row_for_each_step(name: str, config: dict[s
     ours.step(x, ours.timesteps[0], x)
     assert len(ours._steps.table) == len(ours.timesteps)
     assert not ours._steps.theirs
+
+
+def nearly_the_noise(x: Tensor, t: Tensor) -> Tensor:
+    """Almost its input, so that near pure noise x - sigma m is the difference of nearly equal numbers."""
+    return x * t / (t + 1)
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("trailing", 1), ("trailing", 50), ("leading", 10)])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler"])
+def test_differences_near_pure_noise(name: str, spacing: str, steps: int) -> None:
+    for clip in (True, False):
+        config = {"timestep_spacing": spacing, "clip_sample": clip}
+        assert_parity(name, config, steps=steps, model=nearly_the_noise)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "UnCLIPScheduler"])
+def test_differences_of_distilled_models_near_pure_noise(name: str) -> None:
+    for steps in (2, 5):
+        assert_parity(name, steps=steps, model=nearly_the_noise)
+
+
+def test_bounded_data_after_a_far_step() -> None:
+    config = {**COSINE, "beta_end": 0.012, "use_beta_sigmas": True, "clip_sample": True}
+    for steps in (2, 3):
+        assert_parity("HeunDiscreteScheduler", config, steps=steps)
+    config = {**COSINE, "num_train_timesteps": 100, "use_karras_sigmas": True, "prediction_type": "sample"}
+    assert_parity("HeunDiscreteScheduler", config, steps=2, model=normal_network)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once_where_float32_would_keep_no_digits(dtype: torch.dtype) -> None:
+    """D = x - sigma m with m in half precision, whose product with sigma diffusers rounds."""
+    config = {"beta_schedule": "scaled_linear", "beta_end": 0.012, "interpolation_type": "log_linear"}
+    for name, options in (("EulerDiscreteScheduler", config), ("EulerAncestralDiscreteScheduler", COSINE)):
+        ours, _ = pair(name, options)
+        ours.set_timesteps(2 if options is COSINE else 1)
+        x = start(ours, SHAPE, dtype)
+        m = network(ours.scale_model_input(x, ours.timesteps[0]), None).to(dtype)
+        data = ours.step(m, ours.timesteps[0], x).pred_original_sample
+        exact = x.double() - float(ours.sigmas[0]) * m.double()
+        assert ours._theirs
+        assert relative(data, exact) < 1e-6

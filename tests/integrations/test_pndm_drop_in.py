@@ -162,3 +162,14 @@ def test_ipndm_with_given_predictions():
         return [scheduler.step(0.2 * x, t, x).prev_sample for t in scheduler.timesteps[4:6]]
 
     both(IPNDM, {}, calls)
+
+
+@pytest.mark.parametrize("skips", [True, False], ids=["plms", "Runge-Kutta"])
+def test_pndm_with_a_timestep_of_one_element(skips):
+    """It makes diffusers' coefficients tensors of one element, and so the result single precision."""
+    x, results = torch.ones(SHAPE, dtype=torch.float16), []
+    for scheduler in pair(PNDM, {"skip_prk_steps": skips}):
+        scheduler.set_timesteps(5)
+        results.append(scheduler.step(0.5 * x, scheduler.timesteps[:1], x).prev_sample)
+    assert results[0].dtype == results[1].dtype
+    assert relative(*results) < 1e-5

@@ -105,8 +105,6 @@ def test_public_state_is_that_of_diffusers(name):
         assert ours.state_in_first_order == theirs.state_in_first_order
         for field in ("sample", "dt", "prev_derivative", "mid_point_sigma"):
             their, our = getattr(theirs, field, None), getattr(ours, field, None)
-            if (name, field) == (ANCESTRAL, "dt"):
-                continue  # written and never read
             assert (our is None) == (their is None), field
             assert their is None or relative(torch.as_tensor(our), torch.as_tensor(their)) < 1e-5, field
 

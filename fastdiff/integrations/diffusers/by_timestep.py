@@ -64,12 +64,12 @@ class ByTimestep(AlphasCumprod, Scheduler):
         return {"prediction": PREDICTIONS[prediction], "clip": 1.0 if threshold else clip, "threshold": threshold}
 
     def _made(self, steps: list[Step], **options: Any) -> Made | None:
-        network = self._network()
+        network, steps = self._network(), self._noised(steps)
         return None if network is None else one_step_table(self._method, steps, **network, options=options)
 
     def _made_with(self, others: list[Step], steps: list[Step], **options: Any) -> Made | None:
         """The table of `steps` that also gives where the `others`, from the same points, lead."""
-        network = self._network()
+        network, others, steps = self._network(), self._noised(others), self._noised(steps)
         if network is None:
             return None
         made = one_step_table(self._method, steps, **network, options=options, gives_data=False)
@@ -80,6 +80,17 @@ class ByTimestep(AlphasCumprod, Scheduler):
         if other is None or len(other.kept) < len(others):
             return None
         return Made(giving_another_end(made.table, other.table), made.kept)
+
+    def _noised(self, steps: list[Step]) -> list[Step]:
+        """The steps with sigma as diffusers rounds it: x - sigma m cancels near pure noise, and the last bit shows."""
+        dtype = self._alphas2.dtype
+        added = (1.0 - torch.from_numpy(np.array(step.start, dtype=dtype)) for step in steps)
+        sigmas = [float(numbers(self._root(each))) for each in added]
+        return [step._replace(sigma=sigma) for step, sigma in zip(steps, sigmas, strict=True)]
+
+    def _root(self, square: Tensor) -> Tensor:
+        """As diffusers takes it: in single precision a power is not always the nearest number to the root."""
+        return square**0.5
 
     def _level(self, timestep: int) -> float:
         """alpha^2 of a timestep, which is counted from the end where it is negative, as by diffusers' tensors."""

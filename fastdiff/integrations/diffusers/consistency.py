@@ -44,6 +44,9 @@ class _Distilled(Velocity, ByTimestep, IndexedScheduler):
         self._advance()
         return result
 
+    def _root(self, square: Tensor) -> Tensor:
+        return square.sqrt()
+
     def _data_dtype(self, sample: Tensor, model_output: Tensor) -> torch.dtype:
         return joint_dtype(sample, model_output)
 
@@ -52,6 +55,7 @@ class LCMScheduler(_Distilled, diffusers.LCMScheduler):
     """Rows of `lcm`."""
 
     _method = "lcm"
+    sigma_data = 0.5
 
     def _step(self, key: tuple[int, int], options: Any) -> Step:
         time, index = key

@@ -53,6 +53,19 @@ class KDPM2AncestralDiscreteScheduler(TwoCallScheduler, TheirAncestral):
     sigmas_interpol: Tensor
     sigmas_down: Tensor
     sigmas_up: Tensor
+    _stepped: int | None = None
+    _dt: Any = None
+
+    @property
+    def dt(self) -> Any:
+        """Of the latest first call, which diffusers leaves there."""
+        if self._stepped is not None:
+            self._dt, self._stepped = self.sigmas_interpol[self._stepped] - self.sigmas[self._stepped], None
+        return self._dt
+
+    @dt.setter
+    def dt(self, value: Any) -> None:
+        self._dt, self._stepped = value, None
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         arrays = (self.sigmas_interpol, self.sigmas_down, self.sigmas_up)
@@ -79,6 +92,9 @@ class KDPM2AncestralDiscreteScheduler(TwoCallScheduler, TheirAncestral):
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
         assert data is not None
         data = data if data.dtype is dtype else data.to(dtype)
-        self.sample = None if row % 2 else sample
+        if row % 2:
+            self.sample = None
+        else:
+            self.sample, self._stepped = sample, row
         self._step_index += 1
         return KDPM2AncestralDiscreteSchedulerOutput(x, data) if return_dict else (x, data)

@@ -74,7 +74,7 @@ class EDMEulerScheduler(AddNoise, ChurnScheduler, Theirs):
         if given != self._given:
             self._given, self._run = given, None
         run, row = self._at(timestep)
-        if row in self._theirs:
+        if row in self._theirs and self._leaves(row, output):
             return self._leave(model_output, timestep, sample, *churn, generator, return_dict, pred_original_sample)
         noise = draw(model_output, generator) if self._raised[row] else None
         x, data = self._apply(run, row, sample, output, noise=noise, dtype=model_output.dtype)

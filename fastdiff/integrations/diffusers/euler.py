@@ -46,7 +46,7 @@ class EulerDiscreteScheduler(AddNoise, ChurnScheduler, Theirs):
         if sample.shape != model_output.shape or not self._takes(churn):
             return Theirs.step(self, model_output, timestep, sample, *churn, generator, return_dict)
         run, row = self._at(timestep)
-        if row in self._theirs:
+        if row in self._theirs and self._leaves(row, model_output):
             return self._leave(model_output, timestep, sample, *churn, generator, return_dict)
         noise = draw(model_output, generator) if self._raised[row] else None
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
@@ -79,7 +79,7 @@ class EulerAncestralDiscreteScheduler(AddNoise, SigmaScheduler, TheirAncestral):
         if sample.shape != model_output.shape:
             return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         run, row = self._at(timestep)
-        if row in self._theirs:
+        if row in self._theirs and self._leaves(row, model_output):
             return TheirAncestral.step(self, model_output, timestep, sample, generator, return_dict)
         noise = draw(model_output, generator)
         x, data = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -18,6 +18,7 @@ from fastdiff.integrations.diffusers.tables import flow_schedule, levels, table
 from fastdiff.ops.dispatch import plain_step
 from fastdiff.samplers.table import StepTable
 
+_MOST_CHURN = math.sqrt(2.0) - 1.0
 _Churn = tuple[float, float, float, float]
 _LONG_STEP = 100.0
 """So many times the level that it ends at, a step of Heun shows in 1e-6 of x how diffusers rounds."""
@@ -79,13 +80,54 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
         return (run is not None and run.levels is self.sigmas) or all(map(math.isfinite, self._sigma_values))
 
 
+class _FirstCall(NamedTuple):
+    """What the first call of a step of Heun was given, at the level sigma that churn raised."""
+
+    x: Tensor
+    model_output: Tensor
+    sigma: float
+    raised_sigma: float
+    noise: Tensor | None
+    s_noise: float
+
+    @property
+    def raised(self) -> Tensor:
+        """The state with its churn, in float32."""
+        x = self.x.float()
+        if self.noise is None:
+            return x
+        return x + self.noise * self.s_noise * math.sqrt(self.raised_sigma**2 - self.sigma**2)
+
+
 class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDiscreteScheduler):
     """Rows of `flow_heun`, with its churn. Each level but the ends stands twice in `sigmas`, for the two calls of a
     step; `dt` is None before the first of them."""
 
     dt: Any
-    prev_derivative: Tensor | None
     _churn: _Churn = (0.0, 0.0, math.inf, 1.0)
+    _first: _FirstCall | None = None
+    _slope: Any = None
+    _anchor: Any = None
+
+    @property
+    def prev_derivative(self) -> Any:
+        """u at the step's first call, while the second is due; no step of ours reads it."""
+        if self._first is None:
+            return self._slope
+        return _rounded(self._first.model_output, self._first.raised, self._first.sigma, self._first.raised_sigma)
+
+    @prev_derivative.setter
+    def prev_derivative(self, value: Any) -> None:
+        self._slope, self._first = value, None
+
+    @property
+    def sample(self) -> Any:
+        """The state that the step began with, after its churn, while the second call is due."""
+        return self._anchor if self._first is None else self._first.raised
+
+    @sample.setter
+    def sample(self, value: Any) -> None:
+        self._anchor = value
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         points = [self._sigma_values[start], *self._sigma_values[start + 1 :: 2]]
@@ -118,7 +160,8 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         assert index is not None
         first = self.dt is None
         fits = sample.shape == model_output.shape
-        if self.prev_derivative is not None or (first and not (fits and self._has_rows(index, s_churn))):
+        over = index >= len(self._times)
+        if over or self._slope is not None or (first and not (fits and self._has_rows(index, s_churn))):
             churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
             theirs = super().step  # type: ignore[misc]
             return theirs(model_output, timestep, sample, **churn, generator=generator, return_dict=return_dict)
@@ -129,11 +172,16 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         m = model_output if fits else model_output.expand(sample.shape).contiguous()
         if first:
             self._set_churn((s_churn, s_tmin, s_tmax, s_noise))
-            self.dt = self._sigma_values[index + 1] - sigma
+            raised = sigma
+            if noise is not None:
+                raised *= 1.0 + min(s_churn / (len(self._sigma_values) - 1), _MOST_CHURN)
+            self.dt = self._sigma_values[index + 1] - raised
+            self._first = _FirstCall(sample, model_output, sigma, raised, noise, s_noise)
         else:
             if self._is_long(index - 1):
-                m = _rounded(m, sample.float(), self._sigma_values[index])
-            self.dt = None
+                end = self._sigma_values[index]
+                m = _rounded(m, sample.float(), end, end)
+            self.dt = self._first = None
         run, row = self._at(timestep)
         x, _ = self._apply(run, row, sample, m, noise=noise, dtype=model_output.dtype)
         self._advance()
@@ -169,9 +217,9 @@ def _result(kind: Any, x: Tensor, return_dict: bool) -> Any:
     return kind(prev_sample=x) if return_dict else (x,)
 
 
-def _rounded(m: Tensor, x: Tensor, sigma: float) -> Tensor:
+def _rounded(m: Tensor, x: Tensor, sigma: float, divisor: float) -> Tensor:
     """u as diffusers has it, from x and the data prediction: the less is left of it, the smaller sigma is."""
-    return (x - (x - sigma * m)) / sigma
+    return (x - (x - sigma * m)) / divisor
 
 
 def _flow_table(

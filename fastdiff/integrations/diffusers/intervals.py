@@ -27,6 +27,7 @@ class Step(NamedTuple):
     added    the variance that the forward process adds from the end to the start, as diffusers has it
     shrink   what the forward process multiplies by, where diffusers has another than the levels
     beyond   alpha^2 of the point that TCD passes the end to
+    sigma    of the start, where diffusers has another than the root of 1 - alpha^2
     """
 
     timestep: float
@@ -35,6 +36,7 @@ class Step(NamedTuple):
     added: float | None = None
     shrink: float | None = None
     beyond: float | None = None
+    sigma: float | None = None
 
 
 class Made(NamedTuple):
@@ -90,7 +92,9 @@ def _problem(steps: Sequence[Step], prediction: str, clip: float | None, thresho
     starts = np.array([step.start for step in steps] + [steps[-1].end])
     times = np.array([step.timestep for step in steps] + [0.0])
     levels = [(math.sqrt(step.end), math.sqrt(1.0 - step.end), step.added, step.shrink) for step in steps]
-    grid = Grid(times, np.sqrt(starts), np.sqrt(1.0 - starts))
+    given = [step.sigma for step in steps]
+    sigmas = np.array([math.sqrt(1.0 - a) if s is None else s for a, s in zip(starts, [*given, None], strict=True)])
+    grid = Grid(times, np.sqrt(starts), sigmas)
     return Problem(_TRAINED, grid, prediction, clip, threshold, [End(0.0, *level) for level in levels])
 
 

@@ -78,7 +78,7 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
     ) -> SchedulerOutput | tuple[Tensor]:
         """A call of a Runge-Kutta step: the state at which the next call is made."""
         self._check_timesteps()
-        if sample.shape != model_output.shape:
+        if sample.shape != model_output.shape or (isinstance(timestep, Tensor) and timestep.dim()):
             return Theirs.step_prk(self, model_output, timestep, sample, return_dict)
         phase, outputs = self.counter % 4, [model_output]
         start, end, weights = self._prk_key(self.counter, int(self._time(timestep)))
@@ -107,7 +107,7 @@ class PNDMScheduler(Noising, Scheduler, Theirs):
                 f"step_plms: expected three earlier outputs in ets, got {len(self.ets)}; call step_prk for the first "
                 "12 timesteps, or set skip_prk_steps"
             )
-        if sample.shape != model_output.shape:
+        if sample.shape != model_output.shape or (isinstance(timestep, Tensor) and timestep.dim()):
             return Theirs.step_plms(self, model_output, timestep, sample, return_dict)
         known = len(self.ets) if self.counter == 1 else min(len(self.ets), 3) + 1
         key = self._plms_key(self.counter, int(self._time(timestep)), known)

@@ -20,6 +20,7 @@ SPACE = schedules.linear()
 """Any schedule that keeps the variance: the levels are the scheduler's own, and nothing else is asked of it."""
 MOST_SHRINK = 16.0
 """So many times smaller, a state is what is left when terms cancel: it shows in 1e-6 how float32 rounds them."""
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class SigmaScheduler(IndexedScheduler):
@@ -27,10 +28,12 @@ class SigmaScheduler(IndexedScheduler):
 
     unfinished   predictions that diffusers knows by name and refuses
     _theirs      indices whose step is left to diffusers, as `_left` says
+    _rowless     those of them that have no row
     """
 
     unfinished: tuple[str, ...] = ()
     _theirs: frozenset[int] = frozenset()
+    _rowless: frozenset[int] = frozenset()
     is_scale_input_called: bool
     _step_index: Any
 
@@ -41,8 +44,16 @@ class SigmaScheduler(IndexedScheduler):
         return super()._at(timestep)
 
     def _begin(self, index: int) -> Run:
-        self._theirs = frozenset(self._left(self._sigma_values))
+        sigmas = self._sigma_values
+        self._theirs = frozenset(self._left(sigmas))
+        count = len(self._times)
+        self._rowless = frozenset(i for i in self._theirs if i >= count or not 0.0 < sigmas[i] < math.inf)
         return super()._begin(0)
+
+    def _leaves(self, row: int, model_output: Tensor) -> bool:
+        """Whether the step is diffusers' own. One that keeps no digits in float32 has a row for outputs in half
+        precision: diffusers rounds the products with them to half, and so is further from the truth."""
+        return row in self._theirs and (row in self._rowless or model_output.dtype not in _HALF)
 
     def _leave(self, *arguments: Any) -> Any:
         """diffusers' own step, with levels as numbers of the same dtype: those it can compare without reading them."""

@@ -44,7 +44,7 @@ def rows_left(scheduler: Any, theirs: Any, steps: Any, times: Sequence[float], s
         each.model_outputs = [None] * len(scheduler.model_outputs)
         each.lower_order_nums, each._step_index = 0, start
         each.last_sample = each.sample = None
-    ours._steps, ours._run = steps, Run(steps.table, start, ours.sigmas, None)
+    ours._steps, ours._run = steps, Run(steps.table, start=start, levels=ours.sigmas, data=None)
     ours._look()
     with torch.no_grad():
         results = _results(ours, theirs, times, sizes)

@@ -35,10 +35,14 @@ class TwoCallScheduler(AddNoise, SigmaScheduler):
         return torch.cat([self.sigmas[:1], self.sigmas[1 : 2 * steps : 2]])
 
     def _left(self, sigmas: Sequence[float]) -> Iterator[int]:
-        ends = self._ends.tolist()
+        ends, lost = self._ends.tolist(), False
         for first, (start, end) in zip(range(0, len(sigmas), 2), pairwise(ends), strict=False):
-            if start == end or not keeps_digits(start, end) or start > _MOST_RATIO * end > 0.0:
+            far = start > _MOST_RATIO * end > 0.0
+            # Rounding that a far step has made large leaves a state that the data are nothing beside.
+            hidden = lost and end == 0.0
+            if start == end or not keeps_digits(start, end) or far or hidden:
                 yield from (first, first + 1)
+            lost |= far
         yield from range(len(self._times), len(sigmas))
 
     def _due(self, timestep: Any, sample: Tensor, model_output: Tensor) -> tuple[Run, int] | None:
