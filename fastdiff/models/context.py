@@ -1,0 +1,23 @@
+"""What every block of a network reads in one forward pass besides its feature map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fastdiff.models.rewrites import Rewrites
+
+
+@dataclass
+class Context:
+    """time (N, channels), the embedding of the timestep, activated already; tokens (B, S, channels).
+
+    mask, token_mask   (B, 1, 1, keys), added to the scores of the pixels and of the tokens
+    """
+
+    rewrites: Rewrites = field(default_factory=Rewrites)
+    time: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    token_mask: Tensor | None = None

@@ -1,0 +1,54 @@
+"""The exact rewrites of a network: each a named step that leaves the function as it is and does less work for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+from fastdiff.errors import InputError
+
+
+def _rewrite(what: str) -> bool:
+    return field(default=True, metadata={"what": what})
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Which rewrites are on; `Rewrites()` has all of them."""
+
+    unit_scale: bool = _rewrite("no division by a scale of 1")
+    channels_last: bool = _rewrite("feature maps lie channels-last from the first convolution to the last")
+    group_norm_silu: bool = _rewrite("GroupNorm and the SiLU after it are one operator")
+    geglu: bool = _rewrite("a * gelu(b) is one operator")
+    add_layer_norm: bool = _rewrite("a residual is added where the next LayerNorm reads it")
+    upsample_conv: bool = _rewrite("doubling a map and convolving it is one convolution of the small map")
+    text_cache: bool = _rewrite("keys and values of the text are computed once for a prompt")
+    time_cache: bool = _rewrite("time embeddings and their projections are computed once for all steps of a run")
+    modulation_cache: bool = _rewrite("adaptive norms' scales and shifts are computed once for all steps of a run")
+    sampler_step: bool = _rewrite("a pipeline's scheduler takes its step in one operator")
+    split_skip: bool = _rewrite("a stored map is read beside its partner and never concatenated with it")
+    folded_bias: bool = _rewrite("a convolution's bias and the time are added where the next GroupNorm reads them")
+    folded_residual: bool = _rewrite("a residual block's sum is made where the next GroupNorm reads it")
+    qkv: bool = _rewrite("queries, keys and values are one matrix product")
+
+    @classmethod
+    def none(cls) -> Rewrites:
+        return cls(**dict.fromkeys(names(), False))
+
+    @classmethod
+    def parse(cls, chosen: Rewrites | Iterable[str] | None) -> Rewrites:
+        """Those named, all for None. Errors: InputError for an unknown name."""
+        if chosen is None:
+            return cls()
+        if isinstance(chosen, Rewrites):
+            return chosen
+        wanted = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+        for name in wanted:
+            if name not in names():
+                raise InputError(f"rewrites: unknown rewrite {name!r}; expected some of {', '.join(names())}")
+        return cls(**{name: name in wanted for name in names()})
+
+
+def names() -> tuple[str, ...]:
+    """All rewrites, in the order of `Rewrites`."""
+    return tuple(each.name for each in fields(Rewrites))
