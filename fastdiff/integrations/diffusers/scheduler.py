@@ -127,7 +127,7 @@ class Scheduler:
         made = None
         if sample.is_cpu and not options and table.threshold is None:
             # The way of nearly every step, without what the public function takes for all the others: 2 us of 7.
-            if keeps_state and sample.dtype is torch.float32 and sample.is_contiguous():
+            if keeps_state and run.data != "anchor" and sample.dtype is torch.float32 and sample.is_contiguous():
                 run.anchor, makes_anchor = sample, False
             made = plain_step(sample, model_output, run.rows, row, anchor, history, noise, makes_history, makes_anchor)
         if made is None:
