@@ -275,7 +275,7 @@ def test_half_precision_is_rounded_once_where_float32_would_keep_no_digits(dtype
         assert relative(data, exact) < 1e-6
 
 
-@pytest.mark.parametrize("steps", [4, 5, 7, 10])
+@pytest.mark.parametrize("steps", [4, 7])
 @pytest.mark.parametrize("levels", ["use_karras_sigmas", "use_beta_sigmas"])
 def test_data_where_the_stochastic_solver_calls_the_network_halfway(levels: str, steps: int) -> None:
     """diffusers rounds the level of the second call, and D = x - sigma m is a small part of x there."""
