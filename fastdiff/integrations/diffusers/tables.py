@@ -139,6 +139,13 @@ def scaled(made: StepTable) -> StepTable:
     rows[:, PREDICTION.start] *= start
     for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
         rows[:, slot.start + INPUTS.index("x")] *= start
+    if made.prediction == "epsilon":
+        # x / alpha - (sigma / alpha) m, which nothing multiplies: a factor's rounding would be left where they cancel.
+        scale = rows[:, PREDICTION.start].copy()
+        rows[:, PREDICTION] /= scale[:, None]
+        rows[:, CLIP] /= scale
+        for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
+            rows[:, slot.start + INPUTS.index("D")] *= scale
     rows[:, NEW_X] /= rows[:, KNOWN.start, None]
     rows.flags.writeable = False
     return made.with_rows(rows)
