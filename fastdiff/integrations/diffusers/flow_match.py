@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.noising import ScaleNoise, at_indices
 from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, draw, refuse_index
-from fastdiff.integrations.diffusers.tables import flow_schedule, levels, table
+from fastdiff.integrations.diffusers.tables import flow_schedule, levels, on_both_inputs, table
 from fastdiff.ops.dispatch import plain_step
-from fastdiff.ops.row import INPUTS, NEW_ANCHOR, NEW_X
 from fastdiff.samplers.table import StepTable
 
 _MOST_CHURN = math.sqrt(2.0) - 1.0
@@ -135,7 +134,7 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         ends = {"s_tmin": float(np.float32(s_tmin)), "s_tmax": float(np.float32(s_tmax))}
         options = {"s_churn": s_churn, "s_noise": s_noise, **ends}
         made = _flow_table("flow_heun", self.config, points, points, start // 2, options)
-        return made if s_churn > 0.0 else _on_both_inputs(made), False
+        return made if s_churn > 0.0 else on_both_inputs(made, "m"), False
 
     def step(
         self,
@@ -226,21 +225,6 @@ def _result(kind: Any, x: Tensor, return_dict: bool) -> Any:
 def _rounded(m: Tensor, x: Tensor, sigma: float, divisor: float) -> Tensor:
     """u as diffusers has it, from x and the data prediction: the less is left of it, the smaller sigma is."""
     return (x - (x - sigma * m)) / divisor
-
-
-def _on_both_inputs(made: StepTable) -> StepTable:
-    """The same table whose second calls read x and m of the first, which the caller has made already, as anchor and
-    history, in place of a sum of the two that has to be kept."""
-    rows = made.rows.copy()
-    x, m, anchor, history = (INPUTS.index(name) for name in ("x", "m", "anchor", "hist1"))
-    for first, second in zip(rows[:-1:2], rows[1::2], strict=True):
-        kept, new = first[NEW_ANCHOR].copy(), second[NEW_X]
-        new[history] = new[anchor] * kept[m]
-        new[anchor] *= kept[x]
-        first[NEW_ANCHOR] = 0.0
-        first[NEW_ANCHOR.start + x] = 1.0
-    rows.flags.writeable = False
-    return made.with_rows(rows)
 
 
 def _flow_table(

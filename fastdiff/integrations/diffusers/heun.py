@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import HeunDiscreteScheduler as Theirs
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
 from torch import Tensor
 
+from fastdiff.integrations.diffusers.scheduler import Run
 from fastdiff.integrations.diffusers.sigma_space import result_dtype
+from fastdiff.integrations.diffusers.tables import DataSlot, data_slot, on_both_inputs
 from fastdiff.integrations.diffusers.two_calls import TwoCallScheduler
 from fastdiff.samplers.table import StepTable
 
@@ -21,6 +24,7 @@ class HeunDiscreteScheduler(TwoCallScheduler, Theirs):
     """`prev_derivative`, or the (y, D, index) that make it."""
     _dt: Any = None
     """`dt`, or the index of the first call that it is of."""
+    _slot: DataSlot = None
 
     @property
     def state_in_first_order(self) -> bool:  # type: ignore[override]
@@ -52,7 +56,15 @@ class HeunDiscreteScheduler(TwoCallScheduler, Theirs):
     def _table(self, start: int) -> tuple[StepTable, bool]:
         config = self.config
         clip = config.clip_sample_range if config.clip_sample else None
-        return self._rows("heun", sigmas=self._ends, times=self._times[::2], clip=clip)
+        made, gives_data = self._rows("heun", sigmas=self._ends, times=self._times[::2], clip=clip)
+        self._slot = data_slot(made) if gives_data else None
+        return on_both_inputs(made, "D"), gives_data
+
+    def _begin(self, index: int) -> Run:
+        run = super()._begin(index)
+        # D goes to the caller, and is history as well.
+        run.data = self._slot
+        return run
 
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
@@ -63,15 +75,18 @@ class HeunDiscreteScheduler(TwoCallScheduler, Theirs):
             return Theirs.step(self, model_output, timestep, sample, return_dict)
         run, row = due
         dtype = result_dtype(sample, model_output)
-        x, data = self._apply(run, row, sample, model_output, dtype=dtype)
-        if data is None:
-            data = model_output
+        x, denoised = self._apply(run, row, sample, model_output, dtype=dtype)
+        data = model_output
+        if denoised is None:
+            denoised = model_output.to(torch.promote_types(model_output.dtype, torch.float32)).contiguous()
         else:
             kind = model_output.dtype if run.table.prediction == "sample" else dtype
-            data = data if data.dtype is kind else data.to(kind)
+            data = denoised if denoised.dtype is kind else denoised.to(kind)
         if row % 2:
             self._slope = self._dt = self.sample = run.anchor = None
+            run.history = ()
         else:
             self._slope, self._dt, self.sample = (sample, data, row), row, sample
+            run.history = (denoised,)
         self._step_index += 1
         return HeunDiscreteSchedulerOutput(x, data) if return_dict else (x, data)
