@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/profiler/api.h>
 
@@ -158,40 +159,66 @@ bool kept_or_none(const OptionalTensor& value, at::IntArrayRef sizes, bool recor
 std::atomic<int64_t> plain_steps{0};
 
 // Whether nothing but the result of a call can be seen: no subclass of Tensor, no tracing, no profiler.
-bool unobserved(py::handle x, py::handle model_output) {
-  return THPVariable_CheckExact(x.ptr()) && THPVariable_CheckExact(model_output.ptr()) &&
+bool unobserved(PyObject* x, PyObject* model_output) {
+  return THPVariable_CheckExact(x) && THPVariable_CheckExact(model_output) &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set() && !torch::profiler::impl::profilerEnabled();
+}
+
+// The tensor in `value`, or nothing for None; false for anything else.
+bool as_tensor(PyObject* value, OptionalTensor& tensor) {
+  if (value == Py_None) return true;
+  if (!THPVariable_Check(value)) return false;
+  tensor = THPVariable_Unpack(value);
+  return true;
 }
 
 // The most frequent kind of step, checked here, where that takes a tenth of the time: x', and history' and anchor' or
 // None. Nothing where the call is another kind or wrong, which is then found out in fastdiff/ops.
-py::object plain_step(py::handle state, py::handle output, const Tensor& table, int64_t row,
-                      const OptionalTensor& anchor, const py::tuple& history, const OptionalTensor& noise,
-                      bool new_history, bool new_anchor) {
-  if (!unobserved(state, output)) return py::none();
-  const Tensor &x = THPVariable_Unpack(state.ptr()), &model_output = THPVariable_Unpack(output.ptr());
+// arguments: x, model_output, table, row, anchor, history, noise, new_history, new_anchor
+py::object plain_step(PyObject* const* arguments) {
+  if (!unobserved(arguments[0], arguments[1])) return py::none();
+  const Tensor &x = THPVariable_Unpack(arguments[0]), &model_output = THPVariable_Unpack(arguments[1]);
   const at::IntArrayRef sizes = x.sizes();
   const bool recording = c10::GradMode::is_enabled();
-  if (sizes.empty() || x.numel() == 0 || history.size() > 3 || !plain(x, sizes, recording) ||
-      !plain(model_output, sizes, recording) || !kept_or_none(anchor, sizes, recording) ||
-      !(!noise || plain(*noise, sizes, recording))) {
+  OptionalTensor rows, anchor, noise, kept[3];
+  PyObject* history = arguments[5];
+  if (sizes.empty() || x.numel() == 0 || !plain(x, sizes, recording) || !plain(model_output, sizes, recording) ||
+      !as_tensor(arguments[2], rows) || !as_tensor(arguments[4], anchor) || !kept_or_none(anchor, sizes, recording) ||
+      !as_tensor(arguments[6], noise) || !(!noise || plain(*noise, sizes, recording)) || !PyTuple_Check(history) ||
+      PyTuple_GET_SIZE(history) > 3) {
     return py::none();
   }
-  OptionalTensor kept[3];
-  for (size_t i = 0; i < history.size(); ++i) {
-    kept[i] = history[i].cast<OptionalTensor>();
-    if (!kept_or_none(kept[i], sizes, recording)) return py::none();
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(history); ++i) {
+    if (!as_tensor(PyTuple_GET_ITEM(history, i), kept[i]) || !kept_or_none(kept[i], sizes, recording)) {
+      return py::none();
+    }
   }
-  if (!table.is_cpu() || table.scalar_type() != at::kFloat || table.dim() != 2 || table.size(1) != row::SIZE ||
-      !table.is_contiguous() || row < 0 || row >= table.size(0)) {
+  const Py_ssize_t row = PyNumber_AsSsize_t(arguments[3], nullptr);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (!rows || !rows->is_cpu() || rows->scalar_type() != at::kFloat || rows->dim() != 2 ||
+      rows->size(1) != row::SIZE || !rows->is_contiguous() || row < 0 || row >= rows->size(0)) {
     return py::none();
   }
   StepArgs args{};
-  const Made made = take_step(args, x.contiguous(), dense(model_output), table, row, anchor, kept, contiguous(noise),
-                              {new_history, new_anchor, std::nullopt});
+  const Made made = take_step(args, x.contiguous(), dense(model_output), *rows, row, anchor, kept, contiguous(noise),
+                              {arguments[7] == Py_True, arguments[8] == Py_True, std::nullopt});
   ++plain_steps;
   return py::make_tuple(made.x, made.history, made.anchor);
 }
+
+// Called as it is: finding out each argument's type would take longer than the smallest steps.
+PyObject* plain_step_function(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 9) {
+    PyErr_SetString(PyExc_TypeError, "plain_step: expected 9 arguments");
+    return nullptr;
+  }
+  return plain_step(arguments).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef plain_step_method = {"plain_step", reinterpret_cast<PyCFunction>(plain_step_function), METH_FASTCALL,
+                                 nullptr};
 
 Tensor guidance_weights(const Tensor& model_output, const Tensor& weights, double rescale, bool perpendicular,
                         const std::optional<int64_t>& channels) {
@@ -253,7 +280,7 @@ Tensor langevin_step_size(const Tensor& state, const Tensor& model_output, const
 
 void register_steps(py::module_& m) {
   m.def("sampler_step", &sampler_step);
-  m.def("plain_step", &plain_step);
+  m.attr("plain_step") = py::reinterpret_steal<py::object>(PyCFunction_New(&plain_step_method, nullptr));
   m.def("take_plain_steps", [] { return plain_steps.exchange(0); });
   m.def("guidance_weights", &guidance_weights);
   m.def("dynamic_threshold", &dynamic_threshold);

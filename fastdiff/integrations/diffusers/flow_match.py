@@ -18,6 +18,7 @@ from fastdiff.integrations.diffusers.tables import flow_schedule, levels, on_bot
 from fastdiff.ops.dispatch import plain_step
 from fastdiff.samplers.table import StepTable
 
+_SINGLE = torch.float32
 _MOST_CHURN = math.sqrt(2.0) - 1.0
 _Churn = tuple[float, float, float, float]
 _LONG_STEP = 100.0
@@ -52,17 +53,16 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """The state at the next level, in the dtype of `model_output`; s_churn to s_noise change nothing."""
-        refuse_index(timestep)
-        run, index, dtype = self._run, self._step_index, model_output.dtype
-        known = run is not None and index is not None and run.levels is self._sigmas
-        if known and self._is_short and sample.dtype is dtype and per_token_timesteps is None:
+        if not return_dict and type(timestep) is Tensor and timestep.dtype is _SINGLE and per_token_timesteps is None:
             # The way of nearly every step. diffusers' is a product and a sum, beside which every check would show.
-            assert run is not None
-            assert index is not None
-            made = plain_step(sample, model_output, run.rows, index - run.start, None, (), None, False, False)
-            if made is not None:
-                self._step_index = index + 1
-                return _result(FlowMatchEulerDiscreteSchedulerOutput, made[0], return_dict)
+            run, index = self._run, self._step_index
+            if run is not None and index is not None and run.levels is self._sigmas and self._is_short:
+                row = index - run.start
+                made = plain_step(sample, model_output, run.rows, row, None, (), None, False, False)
+                if made is not None and sample.dtype is model_output.dtype:
+                    self._step_index = index + 1
+                    return made[:1]
+        refuse_index(timestep)
         if self._step_index is None:
             self._init_step_index(timestep)
         if per_token_timesteps is not None or sample.shape != model_output.shape or not self._has_rows():
@@ -70,7 +70,7 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
             return super().step(model_output, timestep, sample, **options)  # type: ignore[misc]
         run, row = self._at(timestep)
         noise = draw(sample, generator, torch.float32) if self.config.stochastic_sampling else None
-        x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=dtype)
+        x, _ = self._apply(run, row, sample, model_output, noise=noise, dtype=model_output.dtype)
         self._advance()
         return _result(FlowMatchEulerDiscreteSchedulerOutput, x, return_dict)
 
