@@ -25,8 +25,9 @@ class Left(Exception):
 
 
 Call = Callable[..., Any]
-"""call(network, module, *args, **kwargs): what a forward of the library's gives for these arguments. Raises Left, before
-anything has been computed, for arguments that the network does not take."""
+"""call(network, module, *args, **kwargs): what a forward of the library's gives for these arguments.
+
+Raises Left, before anything has been computed, for arguments that the network does not take."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ def plain_kwargs(name: str, given: Mapping[str, Any] | None) -> None:
     for key, value in (given or {}).items():
         if not (value is None or (key == "scale" and value == 1)):
             raise Left(f"it was called with {name}={{{key!r}: ...}}")
-
 
 
 def _plain_unet(
