@@ -41,8 +41,10 @@ class Cache:
             if found is not None and all(seen.still(tensor) for seen, tensor in zip(found[0], tensors, strict=True)):
                 self._entries.move_to_end(place)
                 return found[1]
-        seen = [_Seen.now(tensor) for tensor in tensors]
+        versions = [tensor._version for tensor in tensors]
         value = make()
+        # Making it may lay parameters side by side, which gives them another storage.
+        seen = [_Seen.now(tensor, version) for tensor, version in zip(tensors, versions, strict=True)]
         with self._lock:
             for dead in [other for other, (those, _) in self._entries.items() if any(each.gone() for each in those)]:
                 del self._entries[dead]
@@ -69,8 +71,8 @@ class _Seen:
     storage: StorageWeakRef  # while this is held, no other storage has the same number
 
     @classmethod
-    def now(cls, tensor: Tensor) -> _Seen:
-        return cls(weakref.ref(tensor), tensor._version, StorageWeakRef(tensor.untyped_storage()))
+    def now(cls, tensor: Tensor, version: int) -> _Seen:
+        return cls(weakref.ref(tensor), version, StorageWeakRef(tensor.untyped_storage()))
 
     def still(self, tensor: Tensor) -> bool:
         return (
