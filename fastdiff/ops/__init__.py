@@ -14,6 +14,7 @@ from fastdiff.noise import STREAM_INITIAL
 from fastdiff.ops import checks, reference
 from fastdiff.ops.calling import call as _call
 from fastdiff.ops.calling import explanation, plain_step
+from fastdiff.ops.convolution import fold_upsample, upsample_conv
 from fastdiff.ops.dispatch import REGISTERED, Report, report
 from fastdiff.ops.prepass import dynamic_threshold, guidance_weights, langevin_step_size
 from fastdiff.ops.torch_noise import torch_normal
@@ -25,6 +26,7 @@ __all__ = [
     "attention",
     "dynamic_threshold",
     "explain",
+    "fold_upsample",
     "group_norm_silu",
     "guidance_weights",
     "langevin_step_size",
@@ -32,6 +34,7 @@ __all__ = [
     "report",
     "sampler_step",
     "torch_normal",
+    "upsample_conv",
 ]
 
 
