@@ -55,7 +55,6 @@ class PackedAttention(Attention):
             k, v = self._keys_and_values(tokens, context, x.requires_grad)
         return self.attend(q, k, v, mask)
 
-
     def _keys_and_values(self, tokens: Tensor, context: Context, differentiated: bool) -> tuple[Tensor, ...]:
         leaves = (self.to_k, self.to_v)
         if not context.rewrites.text_cache or not all(map(is_plain, leaves)):

@@ -14,6 +14,7 @@ from fastdiff.noise import STREAM_INITIAL
 from fastdiff.ops import checks, reference
 from fastdiff.ops.calling import call as _call
 from fastdiff.ops.calling import explanation, plain_step
+from fastdiff.ops.convolution import fold_upsample, upsample_conv
 from fastdiff.ops.dispatch import REGISTERED, Report, report
 from fastdiff.ops.network import geglu, layer_norm_modulate
 from fastdiff.ops.prepass import dynamic_threshold, guidance_weights, langevin_step_size
@@ -27,6 +28,7 @@ __all__ = [
     "dynamic_threshold",
     "explain",
     "geglu",
+    "fold_upsample",
     "group_norm_silu",
     "guidance_weights",
     "langevin_step_size",
@@ -35,6 +37,7 @@ __all__ = [
     "report",
     "sampler_step",
     "torch_normal",
+    "upsample_conv",
 ]
 
 

@@ -129,6 +129,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    h, w = x.shape[2:]
+    each = None if bias is None else wide(bias).repeat(4)
+    y = F.conv2d(wide(x), wide(weight), each, padding=1).unflatten(1, (2, 2, -1))
+    rows = [torch.stack([y[:, a, b, :, a : a + h, b : b + w] for b in range(2)], dim=-1) for a in range(2)]
+    out = torch.stack(rows, dim=-3).flatten(-2).flatten(-3, -2)
+    return out.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
 def sampler_step(
     x: Tensor,
     model_output: Tensor,

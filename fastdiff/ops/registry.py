@@ -131,6 +131,11 @@ def _fake_sampler_step(x: Tensor, model_output: Tensor, *args: Any) -> tuple[Ten
     )
 
 
+def _fake_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    shape = (x.shape[0], weight.shape[0] // 4, 2 * x.shape[2], 2 * x.shape[3])
+    return x.new_empty(shape).to(memory_format=memory_format(x))
+
+
 def _fake_guidance_weights(model_output: Tensor, weights: Tensor, *_: Any) -> Tensor:
     return weights.new_empty(weights.shape, dtype=torch.promote_types(model_output.dtype, torch.float32))
 
@@ -212,6 +217,12 @@ OPERATORS = {
             " Tensor? gate, bool return_sum) -> (Tensor, Tensor)",
             network_reference.layer_norm_modulate,
             _fake_layer_norm_modulate,
+        ),
+        Operator(
+            "upsample_conv",
+            "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+            reference.upsample_conv,
+            _fake_upsample_conv,
         ),
     )
 }
