@@ -111,7 +111,10 @@ def _fake_add_noise(x: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_group_norm_silu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=memory_format(x))
+    second = args[-2]
+    channels = x.shape[1] + (0 if second is None else second.shape[1])
+    shape, layout = (x.shape[0], channels, *x.shape[2:]), memory_format(x, second)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     return y, torch.empty_like(y) if args[-1] else x.new_empty(0)
 
 
@@ -180,7 +183,7 @@ OPERATORS = {
         Operator(
             "group_norm_silu",
             "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? addend,"
-            " Tensor? residual, bool return_sum) -> (Tensor, Tensor)",
+            " Tensor? residual, Tensor? second, bool return_sum) -> (Tensor, Tensor)",
             reference.group_norm_silu,
             _fake_group_norm_silu,
         ),
