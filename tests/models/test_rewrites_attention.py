@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counter
 from inputs import normal
 from tolerance import assert_close_to_truth, relative_error
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.models.attention import SpatialAttention, Transformer
 from fastdiff.models.context import Context
@@ -104,22 +104,6 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         apply = nn.functional.linear if self.down.dim() == 2 else nn.functional.conv2d
         return self.base(x) + apply(apply(x, self.down), self.up)
-
-
-class Counter(TorchDispatchMode):
-    """Counts the operators called, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, int] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function.overloadpacket).split(".")[-1]
-        self.counts[name] = self.counts.get(name, 0) + 1
-        return function(*args, **(kwargs or {}))
-
-    def products(self) -> int:
-        return sum(self.counts.get(name, 0) for name in ("mm", "addmm", "bmm", "linear"))
 
 
 def counted(module: nn.Module, terms: Any, context: Context) -> Counter:
