@@ -27,7 +27,7 @@ MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "f
 
 NO_CUDA = {
     *("attention", "guidance_weights", "dynamic_threshold", "langevin_step_size"),
-    *("geglu", "layer_norm_modulate"),
+    *("geglu", "layer_norm_modulate", "upsample_conv"),
 }
 """Operators that run on Triton on a GPU and have no CUDA C++ kernel."""
 
