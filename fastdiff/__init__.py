@@ -8,7 +8,7 @@ from fastdiff.engine.run import run
 from fastdiff.engine.sample import sample
 from fastdiff.errors import BackendError, CheckpointError, InputError
 from fastdiff.integrations.patch import SchedulerPatch, patch_scheduler, unpatch_scheduler
-from fastdiff.models.loading import load_model
+from fastdiff.models.loading import load_autoencoder, load_model
 from fastdiff.ops import explain, report
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "SchedulerPatch",
     "engine",
     "explain",
+    "load_autoencoder",
     "load_model",
     "models",
     "ops",

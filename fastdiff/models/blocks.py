@@ -15,9 +15,9 @@ from fastdiff.nn import GroupNormSiLU
 
 @dataclass(frozen=True)
 class ResnetSettings:
-    """What all residual blocks of a network share."""
+    """What all residual blocks of a network share. time_channels: None for blocks that read no time."""
 
-    time_channels: int
+    time_channels: int | None
     groups: int
     eps: float
     dropout: float
@@ -46,7 +46,8 @@ class ResnetBlock(nn.Module):
         self.scale_shift, self.scale, self.resample = settings.scale_shift, scale, resample
         self.norm1 = GroupNormSiLU(settings.groups, in_channels, eps=settings.eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(settings.time_channels, out_channels * (2 if self.scale_shift else 1))
+        wide = out_channels * (2 if self.scale_shift else 1)
+        self.time_emb_proj = None if settings.time_channels is None else nn.Linear(settings.time_channels, wide)
         self.norm2 = GroupNormSiLU(settings.groups, out_channels, eps=settings.eps, silu=not self.scale_shift)
         self.dropout = nn.Dropout(settings.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -57,6 +58,11 @@ class ResnetBlock(nn.Module):
         if self.resample is not None:
             h, x = (_halve(h), _halve(x)) if self.resample == "down" else (_double(h, size), _double(x, size))
         h = self.conv1(h)
+        if self.time_emb_proj is None:
+            h = self.norm2(h)
+            h = self.conv2(self.dropout(h))
+            x = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+            return x if self.scale == 1.0 else x / self.scale
         time = self.time_emb_proj(time)
         if self.scale_shift:
             a, b = time[:, :, None, None].chunk(2, dim=1)
@@ -86,7 +92,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, size: torch.Size | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, size: torch.Size | None = None) -> Tensor:
         return self.conv(_double(x, size))
 
 
