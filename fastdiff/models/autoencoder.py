@@ -82,9 +82,9 @@ class Encoder(nn.Module):
     those of diffusers' `AutoencoderKL.encoder`. `rewrites` says how it is computed, not what.
     """
 
-    def __init__(self, config: Mapping[str, Any], rewrites: Rewrites | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.rewrites = Rewrites() if rewrites is None else rewrites
+        self.rewrites = Rewrites()
         channels, groups = config["block_out_channels"], config["norm_num_groups"]
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
@@ -119,9 +119,9 @@ class Decoder(nn.Module):
     `AutoencoderKL.decoder`. `rewrites` says how it is computed, not what.
     """
 
-    def __init__(self, config: Mapping[str, Any], rewrites: Rewrites | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.rewrites = Rewrites() if rewrites is None else rewrites
+        self.rewrites = Rewrites()
         channels, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
         self.conv_in = nn.Conv2d(config["latent_channels"], channels[0], 3, padding=1)
         self.mid_block = _mid_stage(config)
