@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdiff.models.context import Context
+from fastdiff.models.maps import scaled
 from fastdiff.nn import GEGLU, Attention, GroupNormSiLU
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the attention blocks of one forward pass read besides the picture.
-
-    tokens (B, S, channels); mask and token_mask (B, 1, 1, keys), added to the scores of the pixels and of the tokens.
-    """
-
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
-    token_mask: Tensor | None = None
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -44,8 +32,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
         normed = x if self.group_norm is None else self.group_norm(x)
-        x = x + to_map(super().forward(to_tokens(normed)), x)
-        return x if self.scale == 1.0 else x / self.scale
+        return scaled(x + to_map(super().forward(to_tokens(normed)), x), self.scale, context)
 
 
 class FeedForward(nn.Module):
@@ -79,8 +66,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context.tokens if self.crossed_first else None, mask=context.mask)
-        x = x + self.attn2(self.norm2(x), context.tokens, mask=context.token_mask)
+        first = self.attn1(self.norm1(x), context.tokens if self.crossed_first else None, mask=context.mask)
+        x = x + scaled(first, 1.0, context)
+        x = x + scaled(self.attn2(self.norm2(x), context.tokens, mask=context.token_mask), 1.0, context)
         return x + self.ff(self.norm3(x))
 
 

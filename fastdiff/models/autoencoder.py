@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         x = self.conv_in(sample)
         for block in self.down_blocks:
             x = block(x, context)
-        x = self.mid_block(x, context, context)
+        x = self.mid_block(x, context)
         return self.conv_out(self.conv_norm_out(x))
 
 
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
     def forward(self, sample: Tensor) -> Tensor:
         _check("Decoder", sample, self.conv_in.in_channels)
         context = Context(rewrites=self.rewrites)
-        x = self.mid_block(self.conv_in(sample), context, context)
+        x = self.mid_block(self.conv_in(sample), context)
         for block in self.up_blocks:
             x = block(x, context)
         return self.conv_out(self.conv_norm_out(x))

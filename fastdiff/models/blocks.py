@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.models.attention import Context
+from fastdiff.models.context import Context
+from fastdiff.models.maps import scaled
 from fastdiff.nn import GroupNormSiLU
 
 
@@ -29,7 +30,7 @@ class ResnetBlock(nn.Module):
 
     With scale_shift the time does not enter before norm2: its two halves a, b turn norm2's result n into n (1 + a) + b.
     resample: "down" halves, "up" doubles the picture, both before conv1 and in the shortcut.
-    x: (N, in_channels, H, W); time: (N, time_channels), activated already. Result (N, out_channels, H', W').
+    x: (N, in_channels, H, W); time: that of the context, (N, time_channels). Result (N, out_channels, H', W').
     Source: Ho et al. 2020, appendix B; scale_shift and resample: Dhariwal and Nichol 2021, section 3.
     """
 
@@ -53,25 +54,19 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, time: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, size: torch.Size | None = None) -> Tensor:
         h = self.norm1(x)
         if self.resample is not None:
             h, x = (_halve(h), _halve(x)) if self.resample == "down" else (_double(h, size), _double(x, size))
         h = self.conv1(h)
-        if self.time_emb_proj is None:
-            h = self.norm2(h)
-            h = self.conv2(self.dropout(h))
-            x = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
-            return x if self.scale == 1.0 else x / self.scale
-        time = self.time_emb_proj(time)
-        if self.scale_shift:
+        time = None if self.time_emb_proj is None else self.time_emb_proj(context.time)
+        if self.scale_shift and time is not None:
             a, b = time[:, :, None, None].chunk(2, dim=1)
             h = F.silu(self.norm2(h) * (1 + a) + b)
         else:
             h = self.norm2(h, addend=time)
         h = self.conv2(self.dropout(h))
-        x = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
-        return x if self.scale == 1.0 else x / self.scale
+        return scaled((x if self.conv_shortcut is None else self.conv_shortcut(x)) + h, self.scale, context)
 
 
 class Downsample(nn.Module):
@@ -81,7 +76,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
@@ -92,7 +87,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, size: torch.Size | None = None) -> Tensor:
         return self.conv(_double(x, size))
 
 
@@ -112,8 +107,8 @@ class _Stage(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
 
-    def _layer(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        x = self.resnets[index](x, time)
+    def _layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        x = self.resnets[index](x, context)
         return self.attentions[index](x, context) if self.attentions else x
 
 
@@ -126,13 +121,13 @@ class DownStage(_Stage):
         super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for index in range(len(self.resnets)):
-            x = self._layer(index, x, time, context)
+            x = self._layer(index, x, context)
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x, time)
+            x = downsampler(x, context)
             skips.append(x)
         return x, skips
 
@@ -140,10 +135,10 @@ class DownStage(_Stage):
 class MidStage(_Stage):
     """The lowest resolution: a residual block, then attention (if any) and residual block in turn."""
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        x = self.resnets[0](x, time)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = self.resnets[0](x, context)
         for index, resnet in enumerate(self.resnets[1:]):
-            x = resnet(self.attentions[index](x, context) if self.attentions else x, time)
+            x = resnet(self.attentions[index](x, context) if self.attentions else x, context)
         return x
 
 
@@ -156,11 +151,9 @@ class UpStage(_Stage):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
-    def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context, size: torch.Size | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], context: Context, size: torch.Size | None) -> Tensor:
         for index, skip in enumerate(reversed(skips)):
-            x = self._layer(index, torch.cat([x, skip], dim=1), time, context)
+            x = self._layer(index, torch.cat([x, skip], dim=1), context)
         for upsampler in self.upsamplers:
-            x = upsampler(x, time, size)
+            x = upsampler(x, context, size)
         return x

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
-from fastdiff.models.attention import Context, SpatialAttention, Transformer
+from fastdiff.models.attention import SpatialAttention, Transformer
 from fastdiff.models.blocks import Downsample, DownStage, MidStage, ResnetBlock, ResnetSettings, Upsample, UpStage
+from fastdiff.models.context import Context
 from fastdiff.models.embeddings import ACTIVATIONS, EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids
+from fastdiff.models.rewrites import Rewrites
 from fastdiff.nn import GroupNormSiLU
 
 
@@ -32,6 +34,7 @@ class UNet(nn.Module):
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self.config = configuration.complete(config)
+        self.rewrites = Rewrites()
         self._c = c = configuration.per_stage(self.config)
         time_channels = self._add_embeddings(c)
         self._resnet = ResnetSettings(
@@ -74,28 +77,31 @@ class UNet(nn.Module):
         """
         t = self._check_input(sample, timestep, encoder_hidden_states)
         embedding = self._embed(t, class_labels, timestep_cond, added_cond_kwargs or {})
-        # Every residual block begins its time projection with this activation: once is enough.
-        time = F.silu(embedding)
         if self._c.encoder_hid_dim_type is not None:
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
         context = Context(
-            encoder_hidden_states, _as_bias(attention_mask, sample), _as_bias(encoder_attention_mask, sample)
+            rewrites=self.rewrites,
+            # Every residual block begins its time projection with this activation: once is enough.
+            time=F.silu(embedding),
+            tokens=encoder_hidden_states,
+            mask=_as_bias(attention_mask, sample),
+            token_mask=_as_bias(encoder_attention_mask, sample),
         )
 
         x = self.conv_in(2 * sample - 1 if self._c.center_input_sample else sample)
         skips = [x]
         for block in self.down_blocks:
-            x, outputs = block(x, time, context)
+            x, outputs = block(x, context)
             skips += outputs
         if down_block_additional_residuals is not None:
             skips = [skip + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
         if self.mid_block is not None:
-            x = self.mid_block(x, time, context)
+            x = self.mid_block(x, context)
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
         for block, layers in zip(self.up_blocks, self._up_layers, strict=True):
             skips, mine = skips[:-layers], skips[-layers:]
-            x = block(x, mine, time, context, skips[-1].shape[2:] if skips else None)
+            x = block(x, mine, context, skips[-1].shape[2:] if skips else None)
         x = self.conv_out(self.conv_norm_out(x))
         if self._c.time_embedding_type == "fourier" and not self._c.conditional:
             x = x / t.reshape(-1, 1, 1, 1)
