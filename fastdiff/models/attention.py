@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.models.context import Context
-from fastdiff.models.maps import scaled
+from fastdiff.models.maps import Map, normed, scaled, total
 from fastdiff.nn import GEGLU, Attention, GroupNormSiLU
 
 
@@ -30,9 +30,10 @@ class SpatialAttention(Attention):
         self.group_norm = None if groups is None else GroupNormSiLU(groups, channels, eps=eps, silu=False)
         self.scale = scale
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
-        normed = x if self.group_norm is None else self.group_norm(x)
-        return scaled(x + to_map(super().forward(to_tokens(normed)), x), self.scale, context)
+    def forward(self, x: Map, context: Context) -> Tensor:  # type: ignore[override]
+        h = total(x) if self.group_norm is None else normed(self.group_norm, x, context)
+        x = total(x)
+        return scaled(x + to_map(super().forward(to_tokens(h)), x), self.scale, context)
 
 
 class FeedForward(nn.Module):
@@ -99,8 +100,9 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        tokens = _project(self.proj_in, to_tokens(self.norm(x)))
+    def forward(self, x: Map, context: Context) -> Tensor:
+        tokens = _project(self.proj_in, to_tokens(normed(self.norm, x, context)))
+        x = total(x)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         return x + to_map(_project(self.proj_out, tokens), x)

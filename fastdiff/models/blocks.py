@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.models.context import Context
-from fastdiff.models.maps import scaled
+from fastdiff.models.leaf import is_plain
+from fastdiff.models.maps import Map, Sum, normed, scaled, total
 from fastdiff.nn import GroupNormSiLU
 
 
@@ -30,7 +31,8 @@ class ResnetBlock(nn.Module):
 
     With scale_shift the time does not enter before norm2: its two halves a, b turn norm2's result n into n (1 + a) + b.
     resample: "down" halves, "up" doubles the picture, both before conv1 and in the shortcut.
-    x: (N, in_channels, H, W); time: that of the context, (N, time_channels). Result (N, out_channels, H', W').
+    x: (N, in_channels, H, W), or with `skip` the first of those channels, of which skip has the rest. Result
+    (N, out_channels, H', W'), which may be given as a `Sum`.
     Source: Ho et al. 2020, appendix B; scale_shift and resample: Dhariwal and Nichol 2021, section 3.
     """
 
@@ -47,26 +49,52 @@ class ResnetBlock(nn.Module):
         self.scale_shift, self.scale, self.resample = settings.scale_shift, scale, resample
         self.norm1 = GroupNormSiLU(settings.groups, in_channels, eps=settings.eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        wide = out_channels * (2 if self.scale_shift else 1)
-        self.time_emb_proj = None if settings.time_channels is None else nn.Linear(settings.time_channels, wide)
+        projected = out_channels * (2 if self.scale_shift else 1)
+        times = settings.time_channels
+        self.time_emb_proj = None if times is None else nn.Linear(times, projected)
         self.norm2 = GroupNormSiLU(settings.groups, out_channels, eps=settings.eps, silu=not self.scale_shift)
         self.dropout = nn.Dropout(settings.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, context: Context, size: torch.Size | None = None) -> Tensor:
-        h = self.norm1(x)
+    def forward(self, x: Map, context: Context, skip: Tensor | None = None, size: torch.Size | None = None) -> Map:
+        if skip is not None:
+            x = torch.cat([total(x), skip], dim=1)
+        h, x = normed(self.norm1, x, context), total(x)
         if self.resample is not None:
             h, x = (_halve(h), _halve(x)) if self.resample == "down" else (_double(h, size), _double(x, size))
-        h = self.conv1(h)
-        time = None if self.time_emb_proj is None else self.time_emb_proj(context.time)
+        folded = self._folds_bias(context)
+        h = _without_bias(self.conv1, h) if folded else self.conv1(h)
+        h = self._normed_with_time(h, self.conv1.bias if folded else None, context)
+        h = self.conv2(self.dropout(h))
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        if context.rewrites.folded_residual and context.rewrites.unit_scale and self.scale == 1.0:
+            return Sum(x, h)
+        return scaled(x + h, self.scale, context)
+
+    def project(self, time: Tensor | None, context: Context) -> Tensor | None:
+        """The time (N, time_channels) as norm2 takes it: what is added before it, or with scale_shift [a, b]."""
+        if self.time_emb_proj is None or time is None:
+            return None
+        projected = self.time_emb_proj(time)
+        return projected if self.scale_shift or not self._folds_bias(context) else projected + self.conv1.bias
+
+    def _folds_bias(self, context: Context) -> bool:
+        return context.rewrites.folded_bias and self.conv1.bias is not None and is_plain(self.conv1)
+
+    def _normed_with_time(self, h: Tensor, bias: Tensor | None, context: Context) -> Tensor:
+        """silu(norm2(h + bias + time)); bias is that of conv1 where h has come without it."""
+        time = self.project(context.time, context) if context.projected is None else context.projected[self]
+        addend = None if bias is None else bias.expand(len(h), -1)
+        if time is not None and not self.scale_shift:
+            addend = time
+        if addend is not None and not context.rewrites.folded_bias:
+            h, addend = h + addend[:, :, None, None], None
+        h = normed(self.norm2, h, context, addend=addend)
         if self.scale_shift and time is not None:
             a, b = time[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(self.norm2(h) * (1 + a) + b)
-        else:
-            h = self.norm2(h, addend=time)
-        h = self.conv2(self.dropout(h))
-        return scaled((x if self.conv_shortcut is None else self.conv_shortcut(x)) + h, self.scale, context)
+            h = F.silu(h * (1 + a) + b)
+        return h
 
 
 class Downsample(nn.Module):
@@ -76,7 +104,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Map, context: Context) -> Tensor:
+        x = total(x)
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
@@ -87,8 +116,13 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, context: Context, size: torch.Size | None = None) -> Tensor:
-        return self.conv(_double(x, size))
+    def forward(self, x: Map, context: Context, size: torch.Size | None = None) -> Tensor:
+        return self.conv(_double(total(x), size))
+
+
+def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    # The layer's own function, since a padding mode or a dilation may have been set on it.
+    return conv._conv_forward(x, conv.weight, None)
 
 
 def _halve(x: Tensor) -> Tensor:
@@ -107,8 +141,8 @@ class _Stage(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
 
-    def _layer(self, index: int, x: Tensor, context: Context) -> Tensor:
-        x = self.resnets[index](x, context)
+    def _layer(self, index: int, x: Map, context: Context, skip: Tensor | None = None) -> Map:
+        x = self.resnets[index](x, context, skip)
         return self.attentions[index](x, context) if self.attentions else x
 
 
@@ -121,7 +155,7 @@ class DownStage(_Stage):
         super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Map, context: Context) -> tuple[Map, list[Map]]:
         skips = []
         for index in range(len(self.resnets)):
             x = self._layer(index, x, context)
@@ -135,7 +169,7 @@ class DownStage(_Stage):
 class MidStage(_Stage):
     """The lowest resolution: a residual block, then attention (if any) and residual block in turn."""
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Map, context: Context) -> Map:
         x = self.resnets[0](x, context)
         for index, resnet in enumerate(self.resnets[1:]):
             x = resnet(self.attentions[index](x, context) if self.attentions else x, context)
@@ -151,9 +185,9 @@ class UpStage(_Stage):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
-    def forward(self, x: Tensor, skips: list[Tensor], context: Context, size: torch.Size | None) -> Tensor:
+    def forward(self, x: Map, skips: list[Map], context: Context, size: torch.Size | None) -> Map:
         for index, skip in enumerate(reversed(skips)):
-            x = self._layer(index, torch.cat([x, skip], dim=1), context)
+            x = self._layer(index, x, context, total(skip))
         for upsampler in self.upsamplers:
-            x = upsampler(x, context, size)
+            x = upsampler(x, context, size=size)
         return x

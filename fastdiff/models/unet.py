@@ -16,8 +16,10 @@ from fastdiff.models.attention import SpatialAttention, Transformer
 from fastdiff.models.blocks import Downsample, DownStage, MidStage, ResnetBlock, ResnetSettings, Upsample, UpStage
 from fastdiff.models.context import Context
 from fastdiff.models.embeddings import ACTIVATIONS, EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids
+from fastdiff.models.maps import Map, normed, total
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.nn import GroupNormSiLU
+from fastdiff.ops.reference import memory_format
 
 
 class UNet(nn.Module):
@@ -88,24 +90,27 @@ class UNet(nn.Module):
             token_mask=_as_bias(encoder_attention_mask, sample),
         )
 
-        x = self.conv_in(2 * sample - 1 if self._c.center_input_sample else sample)
+        layout = memory_format(sample)
+        if self.rewrites.channels_last:
+            sample = sample.contiguous(memory_format=torch.channels_last)
+        x: Map = self.conv_in(2 * sample - 1 if self._c.center_input_sample else sample)
         skips = [x]
         for block in self.down_blocks:
             x, outputs = block(x, context)
             skips += outputs
-        if down_block_additional_residuals is not None:
-            skips = [skip + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
         if self.mid_block is not None:
             x = self.mid_block(x, context)
+        if down_block_additional_residuals is not None:
+            skips = [total(skip) + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
         if mid_block_additional_residual is not None:
-            x = x + mid_block_additional_residual
+            x = total(x) + mid_block_additional_residual
         for block, layers in zip(self.up_blocks, self._up_layers, strict=True):
             skips, mine = skips[:-layers], skips[-layers:]
-            x = block(x, mine, context, skips[-1].shape[2:] if skips else None)
-        x = self.conv_out(self.conv_norm_out(x))
+            x = block(x, mine, context, total(skips[-1]).shape[2:] if skips else None)
+        out: Tensor = self.conv_out(normed(self.conv_norm_out, x, context, keep=False))
         if self._c.time_embedding_type == "fourier" and not self._c.conditional:
-            x = x / t.reshape(-1, 1, 1, 1)
-        return x
+            out = out / t.reshape(-1, 1, 1, 1)
+        return out.contiguous(memory_format=layout) if self.rewrites.channels_last else out
 
     def _check_input(self, sample: Tensor, timestep: Tensor | float | int, tokens: Tensor | None) -> Tensor:
         """The times (N,), after the checks that need no look at the data."""
