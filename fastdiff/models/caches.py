@@ -48,6 +48,11 @@ class Cache:
                 self._entries.popitem(last=False)
         return value
 
+    def values(self) -> list[Any]:
+        """All results that are remembered, whether their tensors are still the same or not."""
+        with self._lock:
+            return [value for _, _, value in self._entries.values()]
+
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
