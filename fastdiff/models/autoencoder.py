@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from fastdiff.models import config as configuration
 from fastdiff.models.attention import SpatialAttention
 from fastdiff.models.blocks import Downsample, MidStage, ResnetBlock, ResnetSettings, Upsample
 from fastdiff.models.context import Context
+from fastdiff.models.maps import Map, normed
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.nn import GroupNormSiLU
+from fastdiff.ops.reference import memory_format
 
 __all__ = ["AutoencoderKL", "Decoder", "Encoder", "complete"]
 
@@ -75,18 +77,48 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": LAYOUT, **config}
 
 
-class Encoder(nn.Module):
-    """Encoder(config)(picture): (N, in_channels, H, W) -> (N, 2 * latent_channels, H', W'), means and log-variances.
+class _Coder(nn.Module):
+    """conv_out(silu(group_norm(stages(conv_in(x))))), which the encoder and the decoder are.
+
+    `rewrites` says how it is computed, not what.
+    """
+
+    def __init__(self, channels: tuple[int, int, int, int], groups: int) -> None:
+        super().__init__()
+        self.rewrites = Rewrites()
+        taken, first, last, given = channels
+        self.conv_in = nn.Conv2d(taken, first, 3, padding=1)
+        self.conv_norm_out = GroupNormSiLU(groups, last, eps=_EPS)
+        self.conv_out = nn.Conv2d(last, given, 3, padding=1)
+        self.in_channels = taken
+
+    def stages(self) -> Iterable[nn.Module]:
+        """What lies between the first convolution and the last norm, in turn."""
+        raise NotImplementedError
+
+    def forward(self, sample: Tensor) -> Tensor:
+        _check(type(self).__name__, sample, self.in_channels)
+        context, layout = Context(rewrites=self.rewrites), memory_format(sample)
+        if self.rewrites.channels_last:
+            sample = sample.contiguous(memory_format=torch.channels_last)
+        x: Map = self.conv_in(sample)
+        for stage in self.stages():
+            x = stage(x, context)
+        out: Tensor = self.conv_out(normed(self.conv_norm_out, x, context, keep=False))
+        return out.contiguous(memory_format=layout) if self.rewrites.channels_last else out
+
+
+class Encoder(_Coder):
+    """Encoder(config)(pictures): (N, in_channels, H, W) -> (N, 2 * latent_channels, H', W'), means and log-variances.
 
     Every stage but the last halves the map, rounding down. `config` is that of `complete`; the parameters' names are
-    those of diffusers' `AutoencoderKL.encoder`. `rewrites` says how it is computed, not what.
+    those of diffusers' `AutoencoderKL.encoder`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.rewrites = Rewrites()
-        channels, groups = config["block_out_channels"], config["norm_num_groups"]
-        self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
+        channels = config["block_out_channels"]
+        ends = (config["in_channels"], channels[0], channels[-1], 2 * config["latent_channels"])
+        super().__init__(ends, config["norm_num_groups"])
         self.down_blocks = nn.ModuleList(
             _Stage(
                 config,
@@ -99,31 +131,22 @@ class Encoder(nn.Module):
             for stage, kind in enumerate(config["down_block_types"])
         )
         self.mid_block = _mid_stage(config)
-        self.conv_norm_out = GroupNormSiLU(groups, channels[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config["latent_channels"], 3, padding=1)
 
-    def forward(self, sample: Tensor) -> Tensor:
-        _check("Encoder", sample, self.conv_in.in_channels)
-        context = Context(rewrites=self.rewrites)
-        x = self.conv_in(sample)
-        for block in self.down_blocks:
-            x = block(x, context)
-        x = self.mid_block(x, context)
-        return self.conv_out(self.conv_norm_out(x))
+    def stages(self) -> Iterable[nn.Module]:
+        return (*self.down_blocks, self.mid_block)
 
 
-class Decoder(nn.Module):
+class Decoder(_Coder):
     """Decoder(config)(latents): (N, latent_channels, H, W) -> pictures (N, out_channels, s H, s W).
 
     s = 2^(stages - 1). `config` is that of `complete`; the parameters' names are those of diffusers'
-    `AutoencoderKL.decoder`. `rewrites` says how it is computed, not what.
+    `AutoencoderKL.decoder`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.rewrites = Rewrites()
-        channels, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
-        self.conv_in = nn.Conv2d(config["latent_channels"], channels[0], 3, padding=1)
+        channels = config["block_out_channels"][::-1]
+        ends = (config["latent_channels"], channels[0], channels[-1], config["out_channels"])
+        super().__init__(ends, config["norm_num_groups"])
         self.mid_block = _mid_stage(config)
         self.up_blocks = nn.ModuleList(
             _Stage(
@@ -136,16 +159,9 @@ class Decoder(nn.Module):
             )
             for stage, kind in enumerate(config["up_block_types"])
         )
-        self.conv_norm_out = GroupNormSiLU(groups, channels[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], config["out_channels"], 3, padding=1)
 
-    def forward(self, sample: Tensor) -> Tensor:
-        _check("Decoder", sample, self.conv_in.in_channels)
-        context = Context(rewrites=self.rewrites)
-        x = self.mid_block(self.conv_in(sample), context)
-        for block in self.up_blocks:
-            x = block(x, context)
-        return self.conv_out(self.conv_norm_out(x))
+    def stages(self) -> Iterable[nn.Module]:
+        return (self.mid_block, *self.up_blocks)
 
 
 class AutoencoderKL(nn.Module):
@@ -167,6 +183,15 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(c)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if c["use_quant_conv"] else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if c["use_post_quant_conv"] else None
+
+    @property
+    def rewrites(self) -> Rewrites:
+        """How both ways are computed."""
+        return self.encoder.rewrites
+
+    @rewrites.setter
+    def rewrites(self, rewrites: Rewrites) -> None:
+        self.encoder.rewrites = self.decoder.rewrites = rewrites
 
     def encode(self, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, (N, latent_channels, H', W') each; sample (N, in_channels, H, W).
@@ -212,7 +237,7 @@ class _Stage(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if resample == "up" else [])
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Map, context: Context) -> Map:
         for index, resnet in enumerate(self.resnets):
             x = resnet(x, context)
             if self.attentions:

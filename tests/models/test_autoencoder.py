@@ -150,7 +150,7 @@ USED = ("unit_scale", "channels_last", "group_norm_silu", "upsample_conv", "fold
 @pytest.mark.parametrize("name", ["odd", "attention-in-stages"])
 def test_each_rewrite_alone_preserves_the_result(name, chosen, dtype):
     network = ours(name)
-    network.encoder.rewrites = network.decoder.rewrites = Rewrites.parse(chosen)
+    network.rewrites = Rewrites.parse(chosen)
     check(network, name, DTYPES[dtype], torch.contiguous_format)
 
 
