@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
-from fastdiff.models.maps import Map, Sum, normed, scaled, total
+from fastdiff.models.maps import Map, normed, summed, total
 from fastdiff.nn import GroupNormSiLU
 
 
@@ -68,9 +68,7 @@ class ResnetBlock(nn.Module):
         h = self._normed_with_time(h, self.conv1.bias if folded else None, context)
         h = self.conv2(self.dropout(h))
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        if context.rewrites.folded_residual and context.rewrites.unit_scale and self.scale == 1.0:
-            return Sum(x, h)
-        return scaled(x + h, self.scale, context)
+        return summed(x, h, self.scale, context)
 
     def project(self, time: Tensor | None, context: Context) -> Tensor | None:
         """The time (N, time_channels) as norm2 takes it: what is added before it, or with scale_shift [a, b]."""

@@ -71,7 +71,6 @@ def plain_kwargs(name: str, given: Mapping[str, Any] | None) -> None:
             raise Left(f"it was called with {name}={{{key!r}: ...}}")
 
 
-
 def _plain_unet(
     network: UNet,
     module: Any,

@@ -71,6 +71,13 @@ def normed(
     return _fused(norm, total(x), addend=addend)
 
 
+def summed(a: Tensor, b: Tensor, scale: float, context: Context) -> Map:
+    """(a + b) / scale, left to the next norm where there is no division."""
+    if context.rewrites.folded_residual and context.rewrites.unit_scale and scale == 1.0:
+        return Sum(a, b)
+    return scaled(a + b, scale, context)
+
+
 def scaled(x: Tensor, scale: float, context: Context) -> Tensor:
     """x / scale, which for a scale of 1 is x."""
     return x if scale == 1.0 and context.rewrites.unit_scale else x / scale

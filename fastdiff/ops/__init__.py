@@ -15,6 +15,7 @@ from fastdiff.ops import checks, reference
 from fastdiff.ops.calling import call as _call
 from fastdiff.ops.calling import explanation, plain_step
 from fastdiff.ops.dispatch import REGISTERED, Report, report
+from fastdiff.ops.network import geglu, layer_norm_modulate
 from fastdiff.ops.prepass import dynamic_threshold, guidance_weights, langevin_step_size
 from fastdiff.ops.torch_noise import torch_normal
 
@@ -25,9 +26,11 @@ __all__ = [
     "attention",
     "dynamic_threshold",
     "explain",
+    "geglu",
     "group_norm_silu",
     "guidance_weights",
     "langevin_step_size",
+    "layer_norm_modulate",
     "philox_normal",
     "report",
     "sampler_step",

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.ops import prepass_reference, reference
+from fastdiff.ops import network_reference, prepass_reference, reference
 from fastdiff.ops.reference import memory_format
 
 
@@ -140,6 +140,14 @@ def _fake_scales(x: Tensor, model_output: Tensor, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], 3), dtype=wide)
 
 
+def _fake_geglu(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _fake_layer_norm_modulate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape if args[-1] else 0)
+
+
 OPERATORS = {
     operator.name: operator
     for operator in (
@@ -196,6 +204,14 @@ OPERATORS = {
             " Tensor? noise, Tensor? seeds, float snr) -> Tensor",
             prepass_reference.langevin_step_size,
             _fake_scales,
+        ),
+        Operator("geglu", "(Tensor x) -> Tensor", network_reference.geglu, _fake_geglu),
+        Operator(
+            "layer_norm_modulate",
+            "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, Tensor? residual,"
+            " Tensor? gate, bool return_sum) -> (Tensor, Tensor)",
+            network_reference.layer_norm_modulate,
+            _fake_layer_norm_modulate,
         ),
     )
 }

@@ -1,0 +1,106 @@
+"""Layers that read the same input as one: their weights lie side by side, and one matrix product serves all of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from fastdiff.models.leaf import is_plain
+
+__all__ = ["product", "unpack"]
+
+_packing = threading.Lock()
+
+
+def product(leaves: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """(W_1 x + b_1, W_2 x + b_2, ...) with [W_1; W_2; ...] x as one product, where the layers allow it.
+
+    x: (..., in). Each result (..., out) is then a view of one tensor. At the first call the weights become views of one
+    tensor too: the Parameters stay the objects that they are, so that whoever writes into one or loads a state dict
+    changes what is multiplied. Layers that are not plain, weights that need a gradient, and graphs that are being
+    compiled take a product each.
+    """
+    together = _together(leaves)
+    if together is None:
+        return tuple(leaf(x) for leaf in leaves)
+    weight, bias = together
+    sizes = [leaf.weight.shape[0] for leaf in leaves]  # type: ignore[union-attr, index]
+    return torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
+
+
+def unpack(leaves: Sequence[nn.Module]) -> None:
+    """Gives the parameters that `product` laid side by side memory of their own again."""
+    with _packing:
+        for parts in zip(*map(_parameters, leaves), strict=False):
+            if None not in parts and _adjacent(parts):
+                for part in parts:
+                    part.data = part.detach().clone()
+
+
+def _parameters(leaf: nn.Module) -> tuple[Tensor | None, ...]:
+    return (leaf.weight, leaf.bias) if is_plain(leaf) else ()  # type: ignore[return-value]
+
+
+def _together(leaves: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """The weights and the biases of all layers as one tensor each; None where they cannot be."""
+    if torch.compiler.is_compiling() or not all(map(is_plain, leaves)):
+        return None
+    weights = [leaf.weight for leaf in leaves]
+    biases = [leaf.bias for leaf in leaves]
+    biased = biases[0] is not None
+    if any((bias is not None) != biased for bias in biases):
+        return None
+    weight = _side_by_side(weights)  # type: ignore[arg-type]
+    bias = _side_by_side(biases) if biased and weight is not None else None  # type: ignore[arg-type]
+    return None if weight is None or (biased and bias is None) else (weight, bias)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """The parts, one after the other, as one tensor on their own memory, which is made so if it is not."""
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return None
+    if not _adjacent(parts):
+        # Moved by one thread only: another could be reading the memory that is given up.
+        with _packing:
+            if not _adjacent(parts) and not _pack(parts):
+                return None
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _adjacent(parts: Sequence[Tensor]) -> bool:
+    first = parts[0]
+    storage, offset = first.untyped_storage()._cdata, first.storage_offset()
+    for part in parts:
+        if (
+            part.untyped_storage()._cdata != storage
+            or part.storage_offset() != offset
+            or part.dtype != first.dtype
+            or part.shape[1:] != first.shape[1:]
+            or not part.is_contiguous()
+        ):
+            return False
+        offset += part.numel()
+    return True
+
+
+def _pack(parts: Sequence[Tensor]) -> bool:
+    first = parts[0]
+    for part in parts:
+        alike = part.dtype == first.dtype and part.device == first.device and part.shape[1:] == first.shape[1:]
+        # A quantized weight is a tensor of another class; memory that processes share has to stay where it is.
+        ordinary = type(part) in (Tensor, nn.Parameter, FakeTensor) and not (part.is_cpu and part.is_shared())
+        if not alike or not ordinary or part.is_inference():
+            return False
+    if len({id(part) for part in parts}) < len(parts):
+        return False
+    # A tensor made in inference mode would make the parameters such tensors for good.
+    with torch.inference_mode(False), torch.no_grad():
+        packed = torch.cat([part.detach() for part in parts])
+        for part, place in zip(parts, packed.split([len(part) for part in parts]), strict=True):
+            part.data = place
+    return True
