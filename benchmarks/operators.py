@@ -45,7 +45,7 @@ def group_norm_silu(case: Case, device: torch.device) -> Work:
         return F.silu(F.group_norm(x, GROUPS, weight, bias))
 
     truth, _ = reference.group_norm_silu(
-        x.double(), GROUPS, weight.double(), bias.double(), 1e-5, True, None, None, False
+        x.double(), GROUPS, weight.double(), bias.double(), 1e-5, True, None, None, None, False
     )
     return Work(
         peers={"pytorch": pytorch},

@@ -9,7 +9,7 @@ namespace {
 std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups, const OptionalTensor& weight,
                                            const OptionalTensor& bias, double eps, bool silu,
                                            const OptionalTensor& addend, const OptionalTensor& residual,
-                                           bool return_sum) {
+                                           const OptionalTensor& second, bool return_sum) {
   const Tensor x = dense(input);
   const auto layout = layout_of(x);
   const Tensor y = at::empty(x.sizes(), x.options(), layout);

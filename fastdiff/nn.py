@@ -1,7 +1,7 @@
 """The fused layers as modules, for any network. Their parameters are named as diffusers names them.
 
-Each can be made from the modules that it stands in for, and then shares their parameters: what is loaded into the one is
-loaded into the other. The operators have no gradient: train inside `fastdiff.use_backend("reference")`.
+Each can be made from the modules that it stands in for, and then shares their parameters: what is loaded into the one
+is loaded into the other. The operators have no gradient: train inside `fastdiff.use_backend("reference")`.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _check_attention(module: nn.Module) -> None:
     sizes = [getattr(module, name).out_features for name in ("to_q", "to_k", "to_v")]
     if len(set(sizes)) > 1 or sizes[0] % module.heads:  # type: ignore[operator]
         raise InputError(
-            f"{here}: to_q, to_k and to_v give {sizes} channels for {module.heads} heads; expected equal multiples of it"
+            f"{here}: to_q, to_k and to_v give {sizes} channels; expected equal multiples of heads={module.heads}"
         )
 
 

@@ -199,6 +199,7 @@ def run(
     silu: bool,
     addend: Tensor | None,
     residual: Tensor | None,
+    second: Tensor | None,
     return_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     """The registered operator's arguments; launches on the current stream of x's device."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from fastdiff.models import packing
 from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
-from fastdiff.models.maps import Map, normed, scaled, summed, total
+from fastdiff.models.maps import Map, Sum, normed, scaled, total
 from fastdiff.nn import GEGLU, Attention, GroupNormSiLU
 
 PROMPTS = 4
@@ -53,11 +55,6 @@ class PackedAttention(Attention):
             k, v = self._keys_and_values(tokens, context, x.requires_grad)
         return self.attend(q, k, v, mask)
 
-    def unpack(self) -> None:
-        """Gives the projections' parameters memory of their own again."""
-        packing.unpack((self.to_q, self.to_k, self.to_v))
-        packing.unpack((self.to_k, self.to_v))
-
     def _keys_and_values(self, tokens: Tensor, context: Context, differentiated: bool) -> tuple[Tensor, ...]:
         leaves = (self.to_k, self.to_v)
         if not context.rewrites.text_cache or not all(map(is_plain, leaves)):
@@ -71,7 +68,10 @@ class PackedAttention(Attention):
 
 
 class SpatialAttention(PackedAttention):
-    """x + attention(group_norm(x)) over the pixels of x (N, C, H, W); divided by `scale` if it is not 1."""
+    """x + attention(group_norm(x)) over the pixels of x (N, C, H, W); divided by `scale` if it is not 1.
+
+    The result may be given as a `Sum`.
+    """
 
     def __init__(
         self, channels: int, *, head_dim: int, groups: int | None, eps: float = 1e-5, scale: float = 1.0
@@ -83,7 +83,10 @@ class SpatialAttention(PackedAttention):
     def forward(self, x: Map, context: Context) -> Map:  # type: ignore[override]
         h = total(x) if self.group_norm is None else normed(self.group_norm, x, context)
         x = total(x)
-        return summed(x, to_map(super().forward(to_tokens(h), context), x), self.scale, context)
+        attended = to_map(super().forward(to_tokens(h), context), x)
+        if context.rewrites.folded_residual and context.rewrites.unit_scale and self.scale == 1.0:
+            return Sum(x, attended)
+        return scaled(x + attended, self.scale, context)
 
 
 class FeedForward(nn.Module):
@@ -122,18 +125,19 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        normed, x = add_and_norm(self.norm1, x, residual, context)
-        first = self.attn1(normed, context, context.tokens if self.crossed_first else None, context.mask)
-        normed, x = add_and_norm(self.norm2, x, scaled(first, 1.0, context), context)
-        second = self.attn2(normed, context, context.tokens, context.token_mask)
-        normed, x = add_and_norm(self.norm3, x, scaled(second, 1.0, context), context)
-        return x, self.ff(normed, context)
+        h, x = add_and_norm(self.norm1, x, residual, context)
+        first = self.attn1(h, context, context.tokens if self.crossed_first else None, context.mask)
+        h, x = add_and_norm(self.norm2, x, scaled(first, 1.0, context), context)
+        second = self.attn2(h, context, context.tokens, context.token_mask)
+        h, x = add_and_norm(self.norm3, x, scaled(second, 1.0, context), context)
+        return x, self.ff(h, context)
 
 
 class Transformer(nn.Module):
     """x + proj_out(blocks(proj_in(group_norm(x)))) over the pixels of x (N, C, H, W).
 
     linear: whether the projections' weights are stored as (C, C) or as those of 1x1 convolutions (C, C, 1, 1).
+    The result may be given as a `Sum`.
     Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, section 3.3.
     """
 
@@ -165,7 +169,8 @@ class Transformer(nn.Module):
             tokens, residual = block(tokens, residual, context)
         if residual is not None:
             tokens = tokens + residual
-        return summed(x, to_map(self._project(self.proj_out, tokens, x), x), 1.0, context)
+        out = to_map(self._project(self.proj_out, tokens, x), x)
+        return Sum(x, out) if context.rewrites.folded_residual else x + out
 
     def _project(self, layer: nn.Module, tokens: Tensor, like: Tensor) -> Tensor:
         if is_plain(layer):
@@ -179,17 +184,15 @@ def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, context: C
     if residual is None:
         return norm(x), x
     # Under autocast the two may differ in dtype.
-    if context.rewrites.add_layer_norm and is_plain(norm, nn.LayerNorm) and residual.dtype == x.dtype:
-        return ops.layer_norm_modulate(
-            x,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            residual=residual,
-            return_sum=True,  # type: ignore[arg-type]
-        )
+    if context.rewrites.add_layer_norm and _is_plain_norm(norm) and residual.dtype == x.dtype:
+        return ops.layer_norm_modulate(x, norm.weight, norm.bias, eps=norm.eps, residual=residual, return_sum=True)
     x = residual + x
     return norm(x), x
+
+
+def _is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
+    return type(norm) is nn.LayerNorm and not hooked
 
 
 def _products(leaves: tuple[nn.Module, ...], x: Tensor, context: Context) -> tuple[Tensor, ...]:

@@ -57,7 +57,7 @@ class Cache:
     def values(self) -> list[Any]:
         """All results that are remembered, whether their tensors are still the same or not."""
         with self._lock:
-            return [value for _, _, value in self._entries.values()]
+            return [value for _, value in self._entries.values()]
 
     def clear(self) -> None:
         with self._lock:

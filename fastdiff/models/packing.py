@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 
 from fastdiff.models.leaf import is_plain
 
-__all__ = ["product", "unpack"]
+__all__ = ["pack", "product", "unpack"]
 
 _packing = threading.Lock()
 
@@ -30,6 +30,12 @@ def product(leaves: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     weight, bias = together
     sizes = [leaf.weight.shape[0] for leaf in leaves]  # type: ignore[union-attr, index]
     return torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
+
+
+def pack(leaves: Sequence[nn.Module]) -> None:
+    """Lays the layers' parameters side by side before a first call does, where they can be."""
+    with torch.no_grad():
+        _together(leaves)
 
 
 def unpack(leaves: Sequence[nn.Module]) -> None:

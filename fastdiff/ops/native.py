@@ -88,7 +88,9 @@ class _Native(KernelBackend):
         return self._run(*args)
 
 
-def _group_norm_silu_limits(x: Tensor, groups: int, *_: Any) -> str | None:
+def _group_norm_silu_limits(x: Tensor, groups: int, *args: Any) -> str | None:
+    if args[-2] is not None:
+        return "it has no kernel for a second input yet"
     if x.is_cuda and not x.is_contiguous() and x.shape[1] // groups > MAX_CUDA_GROUP:
         return (
             f"its CUDA kernel takes channels-last groups of up to {MAX_CUDA_GROUP} channels, not {x.shape[1] // groups}"

@@ -111,7 +111,10 @@ def _fake_add_noise(x: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_group_norm_silu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=memory_format(x))
+    second = args[-2]
+    channels = x.shape[1] + (0 if second is None else second.shape[1])
+    shape, layout = (x.shape[0], channels, *x.shape[2:]), memory_format(x, second)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     return y, torch.empty_like(y) if args[-1] else x.new_empty(0)
 
 
@@ -129,6 +132,11 @@ def _fake_sampler_step(x: Tensor, model_output: Tensor, *args: Any) -> tuple[Ten
         x.new_empty(x.shape if new_anchor else (0,), dtype=torch.float32),
         x.new_empty((0,) if model_input is None else shape, dtype=model_input or x.dtype),
     )
+
+
+def _fake_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    shape = (x.shape[0], weight.shape[0] // 4, 2 * x.shape[2], 2 * x.shape[3])
+    return x.new_empty(shape).to(memory_format=memory_format(x))
 
 
 def _fake_guidance_weights(model_output: Tensor, weights: Tensor, *_: Any) -> Tensor:
@@ -175,7 +183,7 @@ OPERATORS = {
         Operator(
             "group_norm_silu",
             "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? addend,"
-            " Tensor? residual, bool return_sum) -> (Tensor, Tensor)",
+            " Tensor? residual, Tensor? second, bool return_sum) -> (Tensor, Tensor)",
             reference.group_norm_silu,
             _fake_group_norm_silu,
         ),
@@ -212,6 +220,12 @@ OPERATORS = {
             " Tensor? gate, bool return_sum) -> (Tensor, Tensor)",
             network_reference.layer_norm_modulate,
             _fake_layer_norm_modulate,
+        ),
+        Operator(
+            "upsample_conv",
+            "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+            reference.upsample_conv,
+            _fake_upsample_conv,
         ),
     )
 }
