@@ -9,7 +9,7 @@ from fastdiff.engine.sample import sample
 from fastdiff.errors import BackendError, CheckpointError, InputError
 from fastdiff.integrations.accelerate import accelerate, restore
 from fastdiff.integrations.patch import SchedulerPatch, patch_scheduler, unpatch_scheduler
-from fastdiff.models.loading import load_model
+from fastdiff.models.loading import load_autoencoder, load_model
 from fastdiff.ops import explain, report
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "accelerate",
     "engine",
     "explain",
+    "load_autoencoder",
     "load_model",
     "models",
     "ops",

@@ -61,6 +61,8 @@ ROWS = {
         {"D": 1.0},
         {"anchor": 0.5, "m": 1},
     ),
+    "kept_data": table({"x": 0.9, "D": 0.2}, None, {"D": 1.0}, clip=0.5),
+    "kept_twice": table({"x": 0.9, "D": 0.2}, {"D": 1.0}, {"D": 1.0}),
     "everything": table(ALL, {n: -c for n, c in ALL.items()}, {n: c * c for n, c in ALL.items()}, clip=1.0),
     "nothing": table({}),
     **{f"only_{name}": table({name: 0.8}) for name in INPUTS},

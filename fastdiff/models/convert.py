@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models.autoencoder import AutoencoderKL
 from fastdiff.models.unet import UNet
 
 
@@ -163,6 +164,17 @@ def _freed(module: nn.Module) -> str | None:
     return None
 
 
+def _encode(network: AutoencoderKL, module: Any, sample: Tensor) -> Tensor:
+    check(sample.dim() == 4 and sample.shape[1] == network.config["in_channels"])
+    return network.encoder(sample)
+
+
+def _decode(network: AutoencoderKL, module: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+    refuse(latent_embeds=latent_embeds)
+    check(sample.dim() == 4 and sample.shape[1] == network.config["latent_channels"])
+    return network.decoder(sample)
+
+
 CONVERTERS: dict[str, Converter] = {
     "UNet2DModel": Converter(
         "diffusers.models.unets.unet_2d",
@@ -174,6 +186,11 @@ CONVERTERS: dict[str, Converter] = {
         lambda config: UNet(**{**config, "_class_name": "UNet2DConditionModel"}),
         {"": _conditional_unet},
         _freed,
+    ),
+    "AutoencoderKL": Converter(
+        "diffusers.models.autoencoders.autoencoder_kl",
+        lambda config: AutoencoderKL(**{**config, "_class_name": "AutoencoderKL"}),
+        {"encoder": _encode, "decoder": _decode},
     ),
 }
 """By the name of the library's class."""

@@ -182,15 +182,27 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_profiling = torch.autograd._profiler_enabled
 
 
-def plain_step(*args: Any) -> Any:
+def plain_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    anchor: Tensor | None,
+    history: tuple[Tensor, ...],
+    noise: Tensor | None,
+    new_history: bool,
+    new_anchor: bool,
+) -> Any:
     """What the extension's `plain_step` gives for these tensors; None where the call has to take the long way.
 
     That way costs about 6 us more, which is what a small step takes: every check in Python, the choice of a backend.
     """
     if config.detours or _is_compiling():
         return None
-    function = native.plain_step()
-    return None if function is None else function(*args)
+    step = native.plain_step()
+    if step is None:
+        return None
+    return step(x, model_output, table, row, anchor, history, noise, new_history, new_anchor)
 
 
 def call(name: str, args: tuple[Any, ...]) -> Any:

@@ -4,13 +4,15 @@ Both are those of k-diffusion (Katherine Crowson), after Lu et al. 2022, "DPM-So
 algorithm 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
+from fastdiff.errors import InputError
 from fastdiff.samplers.dpm_singlestep import POINTS, between_blocks, grid_blocks, inner_nodes
 from fastdiff.samplers.euler import ancestral_step
-from fastdiff.samplers.exponential import SOLVERS, Data
+from fastdiff.samplers.exponential import SOLVERS, Data, log_ratio
 from fastdiff.samplers.problem import Problem
 from fastdiff.samplers.singlestep import Aim, Block, block_rows
 from fastdiff.samplers.table import MethodInfo, StepTable, choice, flag, fraction, make_table, whole
@@ -46,6 +48,7 @@ def dpmpp_sde(
     solver: str = "midpoint",
     curvature: str = "exact",
     lower_order_final: bool = False,
+    middles: Sequence[float | None] | None = None,
 ) -> StepTable:
     """u = (alpha_s d_s/sigma) x + alpha_s (1 - d_s/rho) D + alpha_s u_s s_noise z_1,
     x' = (alpha' d/sigma) x + alpha' (1 - d/rho) (D + (D_u - D)/(2 r)) + alpha' u s_noise z_2.
@@ -63,9 +66,16 @@ def dpmpp_sde(
     order, points, solver, lower_order_final   those of `dpmpp_singlestep`, whose r1 is r
     curvature           of order 3 with solver="heun": "exact", or "offset", diffusers' with a wrong sign: an error as
                         large as the curvature itself
+    middles             rho at s of each step, or None where it is to lie as said above, for a caller whose network is
+                        called there (diffusers rounds it to float32); only with order=2 and points="between"
     """
     method = "dpmpp_sde"
     order = whole(method, "order", order, 1, 3)
+    if middles is not None and (order != 2 or points != "between" or len(middles) != problem.grid.steps):
+        raise InputError(
+            f"{method}: middles: expected one for each of {problem.grid.steps} steps, with order=2 and "
+            f"points='between', got {len(middles)} with order={order} and points={points!r}"
+        )
     choice(method, "noise", noise, NOISES)
     choice(method, "solver", solver, SOLVERS)
     choice(method, "points", points, POINTS)
@@ -80,8 +90,19 @@ def dpmpp_sde(
     else:
         orders = [order] * (problem.grid.steps - lower_order_final) + [1] * lower_order_final
         blocks = between_blocks(problem, orders, aim, solver, nodes)
+        if middles is not None:
+            blocks = map(partial(_through, problem, aim, nodes[2][0]), blocks, middles)
     rows = (block_rows(problem, block, Data, brownian=noise == "brownian", curvature=curvature) for block in blocks)
     return make_table(method, problem, chain.from_iterable(rows))
+
+
+def _through(problem: Problem, aim: Aim, r: float, block: Block, middle: float | None) -> Block:
+    """The same block with its inner point, if it has one, at that rho, with the weights of one at r."""
+    if middle is None or len(block.points) == 1:
+        return block
+    start, inner = block.points[0], problem.at_ratio(middle)
+    last = replace(block.targets[-1], length=log_ratio(start.ratio, middle) / r)
+    return Block((start, inner), (aim.inner(start, inner), last), block.solvers)
 
 
 DPMPP_2S_ANCESTRAL = MethodInfo(

@@ -52,5 +52,5 @@ def test_history_that_no_row_reads_is_forgotten(dtype):
     rows = Rows(table, x.device)
     for row, level in enumerate(levels[:-1]):
         x = rows.apply(row, x, denoiser(x, torch.full((len(x),), level)))
-        held.append(len(rows._history))
+        held.append(len(rows._carried.history))
     assert max(held) == table.depth == 1

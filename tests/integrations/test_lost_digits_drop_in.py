@@ -273,3 +273,37 @@ def test_half_precision_is_rounded_once_where_float32_would_keep_no_digits(dtype
         exact = x.double() - float(ours.sigmas[0]) * m.double()
         assert ours._theirs
         assert relative(data, exact) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+@pytest.mark.parametrize("levels", ["use_karras_sigmas", "use_beta_sigmas"])
+def test_data_where_the_stochastic_solver_calls_the_network_halfway(levels: str, steps: int) -> None:
+    """diffusers rounds the level of the second call, and D = x - sigma m is a small part of x there."""
+    config = {**COSINE, levels: True, "num_train_timesteps": 200, "noise_sampler_seed": 3}
+    assert_parity("DPMSolverSDEScheduler", config, steps=steps, model=scaled_network)
+
+
+@pytest.mark.parametrize("begin", [1, 2])
+def test_v_prediction_of_which_little_is_left_of_the_state(begin: int) -> None:
+    for name, train, steps in (("EulerDiscreteScheduler", 1000, 7), ("EulerDiscreteScheduler", 200, 4)):
+        config = {
+            **COSINE,
+            "use_karras_sigmas": True,
+            "prediction_type": "v_prediction",
+            "num_train_timesteps": train,
+            "timestep_spacing": "trailing" if steps == 7 else "linspace",
+        }
+        assert_parity(name, config, steps=steps, begin=begin, model=bounded_network)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_two_calls_in_half_precision_are_rounded_once(name: str, dtype: torch.dtype) -> None:
+    ours, _ = pair(name, COSINE)
+    ours.set_timesteps(2)
+    x = start(ours, SHAPE, dtype)
+    m = network(ours.scale_model_input(x, ours.timesteps[0]), None).to(dtype)
+    result = ours.step(m, ours.timesteps[0], x).pred_original_sample
+    exact = x.double() - float(ours.sigmas[0]) * m.double()
+    assert ours._theirs
+    assert relative(result, exact) <= relative(exact.to(dtype), exact) + 1e-6

@@ -76,6 +76,9 @@ MADE = {
     "EulerDiscreteScheduler": 2,
     "DDIMScheduler": 2,
     "FlowMatchEulerDiscreteScheduler": 1,
+    "FlowMatchHeunDiscreteScheduler": 1,
+    "HeunDiscreteScheduler": 3,
+    "KDPM2DiscreteScheduler": 2,
 }
 
 

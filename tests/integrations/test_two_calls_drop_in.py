@@ -109,6 +109,20 @@ def test_public_state_is_that_of_diffusers(name):
             assert their is None or relative(torch.as_tensor(our), torch.as_tensor(their)) < 1e-5, field
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-3])
+def test_slope_of_a_state_that_is_large_beside_it(factor):
+    """It is diffusers' own quotient, digit for digit, as is the length of the step."""
+    x = 1e4 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    ours, theirs = pair(HEUN, {**BASES[HEUN], "prediction_type": "epsilon"})
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(4)
+        scheduler.step(factor * torch.ones(SHAPE), scheduler.timesteps[0], x)
+    assert torch.is_tensor(ours.dt)
+    assert torch.equal(ours.dt, theirs.dt)
+    error = (ours.prev_derivative - theirs.prev_derivative).norm()
+    assert error <= 1e-5 * theirs.prev_derivative.norm()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_diffusers_can_finish_a_step_of_ours(name):
     """A second call with a shape that no row takes is diffusers' own, from what our first call left."""

@@ -45,6 +45,13 @@ def test_truth_of_shapes(target: Target, layout: str, shape: tuple[int, ...]) ->
     check(target, arguments(ROWS["everything"], shape, model="bfloat16", guided=guided, layout=layout))
 
 
+@pytest.mark.parametrize("name", ["heun_2", "euler_ancestral", "only_x", "nothing"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_truth_of_long_sums(target: Target, name: str) -> None:
+    """Without anything between inputs and outputs a block is longer than elsewhere."""
+    check(target, arguments(ROWS[name], (2, 20_011), drawn=False))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]])
 def test_truth_of_conversions(target: Target, dtype: str) -> None:

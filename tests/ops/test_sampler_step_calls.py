@@ -11,6 +11,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.errors import InputError
+from fastdiff.ops import native
 
 OPTIONAL = ("counter", "anchor", "hist1", "hist2", "hist3", "noise", "seeds", "weights", "scales")
 OPTIONAL += ("known", "known_noise", "mask")
@@ -92,6 +93,33 @@ def test_calls_are_counted_and_explained() -> None:
     with torch.profiler.profile() as profile:
         ops.sampler_step(**given)
     assert "fastdiff::sampler_step" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_plain_call_is_the_same_by_the_short_way(name: str) -> None:
+    given = arguments(ROWS[name], (2, 3, 5, 7), drawn=False) | {"model_input": None}
+    fastdiff.report(reset=True)
+    short = ops.sampler_step(**given)
+    assert native.take_plain_steps() == 1
+    with torch.profiler.profile():
+        long = ops.sampler_step(**given)
+    assert native.take_plain_steps() == 0
+    for ours, theirs in zip(short, long, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_the_short_way_is_not_taken_where_something_else_was_demanded() -> None:
+    given = arguments(ROWS["ddim"], (2, 3)) | {"model_input": None}
+    ops.sampler_step(**given)
+    native.take_plain_steps()
+    with fastdiff.use_backend("sampler_step=reference"), fastdiff.use_backend("attention=triton"):
+        ops.sampler_step(**given)
+    with pytest.raises(InputError, match="backend"), fastdiff.use_backend("sampler_step=cuda"):
+        pass
+    assert native.take_plain_steps() == 0
+    with fastdiff.use_backend("native"):
+        ops.sampler_step(**given)
+    assert native.take_plain_steps() == 1
 
 
 def test_fake_tensors_are_not_run() -> None:

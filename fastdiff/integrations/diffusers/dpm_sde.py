@@ -30,11 +30,15 @@ class DPMSolverSDEScheduler(TwoCallScheduler, Theirs):
     noise_sampler_seed: Any
     _s_noise: float = 1.0
     _spans: list[tuple[Tensor, Tensor]]
-    """For each index the two levels that its noise lies between, as diffusers computes them."""
+    """For each index the two levels that its noise lies between, as diffusers computes them. The second one of a first
+    call is where the second call is made."""
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
-        options = {"noise": "independent", "s_noise": self._s_noise}
         ends = self._ends.tolist()
+        found = (float(middle) for _, middle in self._spans[::2])
+        # Where rounding leaves no level between the ends, only the formula is left to follow.
+        middles = tuple(s if end < s < start else None for (start, end), s in zip(pairwise(ends), found, strict=True))
+        options = {"noise": "independent", "s_noise": self._s_noise, "middles": middles}
         for index in reversed(range(len(ends) - 1)):
             # Steps between equal levels are diffusers' own, but have their two rows, so that each index has its own.
             ends[index] = max(ends[index], ends[index + 1] * (1.0 + _APART))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.noising import ScaleNoise, at_indices
 from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, draw, refuse_index
-from fastdiff.integrations.diffusers.tables import flow_schedule, levels, table
+from fastdiff.integrations.diffusers.tables import flow_schedule, levels, on_both_inputs, table
 from fastdiff.ops.dispatch import plain_step
 from fastdiff.samplers.table import StepTable
 
@@ -106,28 +106,26 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
     dt: Any
     _churn: _Churn = (0.0, 0.0, math.inf, 1.0)
     _first: _FirstCall | None = None
-    _slope: Any = None
-    _anchor: Any = None
 
     @property
     def prev_derivative(self) -> Any:
         """u at the step's first call, while the second is due; no step of ours reads it."""
         if self._first is None:
-            return self._slope
+            return vars(self).get("prev_derivative")
         return _rounded(self._first.model_output, self._first.raised, self._first.sigma, self._first.raised_sigma)
 
     @prev_derivative.setter
     def prev_derivative(self, value: Any) -> None:
-        self._slope, self._first = value, None
+        vars(self)["prev_derivative"], self._first = value, None
 
     @property
     def sample(self) -> Any:
         """The state that the step began with, after its churn, while the second call is due."""
-        return self._anchor if self._first is None else self._first.raised
+        return vars(self).get("sample") if self._first is None else self._first.raised
 
     @sample.setter
     def sample(self, value: Any) -> None:
-        self._anchor = value
+        vars(self)["sample"] = value
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         points = [self._sigma_values[start], *self._sigma_values[start + 1 :: 2]]
@@ -135,7 +133,8 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         # They are compared with float32 levels.
         ends = {"s_tmin": float(np.float32(s_tmin)), "s_tmax": float(np.float32(s_tmax))}
         options = {"s_churn": s_churn, "s_noise": s_noise, **ends}
-        return _flow_table("flow_heun", self.config, points, points, start // 2, options), False
+        made = _flow_table("flow_heun", self.config, points, points, start // 2, options)
+        return made if s_churn > 0.0 else on_both_inputs(made, "m"), False
 
     def step(
         self,
@@ -161,7 +160,11 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
         first = self.dt is None
         fits = sample.shape == model_output.shape
         over = index >= len(self._times)
-        if over or self._slope is not None or (first and not (fits and self._has_rows(index, s_churn))):
+        if (
+            over
+            or vars(self).get("prev_derivative") is not None
+            or (first and not (fits and self._has_rows(index, s_churn)))
+        ):
             churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
             theirs = super().step  # type: ignore[misc]
             return theirs(model_output, timestep, sample, **churn, generator=generator, return_dict=return_dict)
@@ -184,6 +187,8 @@ class FlowMatchHeunDiscreteScheduler(IndexedScheduler, diffusers.FlowMatchHeunDi
             self.dt = self._first = None
         run, row = self._at(timestep)
         x, _ = self._apply(run, row, sample, m, noise=noise, dtype=model_output.dtype)
+        if first and s_churn <= 0.0:
+            run.history = (m.to(torch.promote_types(m.dtype, torch.float32)).contiguous(),)
         self._advance()
         return _result(FlowMatchHeunDiscreteSchedulerOutput, x, return_dict)
 

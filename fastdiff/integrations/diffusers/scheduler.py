@@ -124,14 +124,16 @@ class Scheduler:
         _, reads_noise, reads_anchor, depth, makes_anchor, makes_history, keeps_state = table.uses[row]
         anchor, history = run.anchor if reads_anchor else None, run.history[:depth]
         noise = noise if reads_noise else None
+        if keeps_state and run.data != "anchor" and sample.dtype is torch.float32 and sample.is_contiguous():
+            # diffusers keeps the caller's tensor as well.
+            run.anchor, makes_anchor = sample, False
         made = None
         if sample.is_cpu and not options and table.threshold is None:
             # The way of nearly every step, without what the public function takes for all the others: 2 us of 7.
-            if keeps_state and sample.dtype is torch.float32 and sample.is_contiguous():
-                run.anchor, makes_anchor = sample, False
             made = plain_step(sample, model_output, run.rows, row, anchor, history, noise, makes_history, makes_anchor)
         if made is None:
-            options |= {**run.inputs(row), "noise": noise}
+            options |= {"anchor": anchor, "history": history, "noise": noise}
+            options |= {"new_history": makes_history, "new_anchor": makes_anchor}
             made = _any_step(table, row, sample, model_output, options)[:3]
         x, new_history, new_anchor = made
         data = None

@@ -47,8 +47,11 @@ class SigmaScheduler(IndexedScheduler):
         sigmas = self._sigma_values
         self._theirs = frozenset(self._left(sigmas))
         count = len(self._times)
-        self._rowless = frozenset(i for i in self._theirs if i >= count or not 0.0 < sigmas[i] < math.inf)
+        self._rowless = frozenset(i for i in self._theirs if i >= count or not self._has_row(i))
         return super()._begin(0)
+
+    def _has_row(self, index: int) -> bool:
+        return 0.0 < self._sigma_values[index] < math.inf
 
     def _leaves(self, row: int, model_output: Tensor) -> bool:
         """Whether the step is diffusers' own. One that keeps no digits in float32 has a row for outputs in half
@@ -68,8 +71,14 @@ class SigmaScheduler(IndexedScheduler):
         """Indices of the steps whose result is what diffusers' rounding leaves, or no number; and those after the last
         timestep, which there are where a run starts at the second of two equal timesteps."""
         for index, (start, end) in enumerate(pairwise(sigmas)):
-            if index >= len(self._times) or not keeps_digits(start, end):
+            if index >= len(self._times) or not self._keeps_digits(start, end):
                 yield index
+
+    def _keeps_digits(self, start: float, end: float) -> bool:
+        """Whether `keeps_digits`, and of the v-prediction keeps them of x as well: x' has (1 + r r')/(1 + r^2) of it,
+        which diffusers makes as x less nearly all of it."""
+        v = self.config.prediction_type == "v_prediction"
+        return keeps_digits(start, end) and not (v and 1.0 + start**2 >= MOST_SHRINK * (1.0 + start * end))
 
     def _prediction(self) -> str:
         name = self.config.prediction_type

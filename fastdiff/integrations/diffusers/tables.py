@@ -123,6 +123,21 @@ def giving_data(made: StepTable) -> StepTable:
     return made.with_rows(rows)
 
 
+def on_both_inputs(made: StepTable, slope: str) -> StepTable:
+    """The same table for steps of two calls whose second reads x and `slope` (m or D) of the first, which the caller
+    has already, as anchor and history, in place of a sum of the two that would have to be made and kept."""
+    rows = made.rows.copy()
+    x, old, anchor, history = (INPUTS.index(name) for name in ("x", slope, "anchor", "hist1"))
+    for first, second in zip(rows[:-1:2], rows[1::2], strict=True):
+        kept, new = first[NEW_ANCHOR].copy(), second[NEW_X]
+        new[history] = new[anchor] * kept[old]
+        new[anchor] *= kept[x]
+        first[NEW_ANCHOR] = 0.0
+        first[NEW_ANCHOR.start + x] = 1.0
+    rows.flags.writeable = False
+    return made.with_rows(rows)
+
+
 def negated(made: StepTable) -> StepTable:
     """The same table for a network that gives -m."""
     rows = made.rows.copy()
@@ -139,6 +154,13 @@ def scaled(made: StepTable) -> StepTable:
     rows[:, PREDICTION.start] *= start
     for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
         rows[:, slot.start + INPUTS.index("x")] *= start
+    if made.prediction == "epsilon":
+        # x / alpha - (sigma / alpha) m, which nothing multiplies: a factor's rounding would be left where they cancel.
+        scale = rows[:, PREDICTION.start].copy()
+        rows[:, PREDICTION] /= scale[:, None]
+        rows[:, CLIP] /= scale
+        for slot in (NEW_X, NEW_HISTORY, NEW_ANCHOR):
+            rows[:, slot.start + INPUTS.index("D")] *= scale
     rows[:, NEW_X] /= rows[:, KNOWN.start, None]
     rows.flags.writeable = False
     return made.with_rows(rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.noising import AddNoise
 from fastdiff.integrations.diffusers.scheduler import Run
-from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler, keeps_digits
+from fastdiff.integrations.diffusers.sigma_space import SigmaScheduler
 
 _MOST_RATIO = 64.0
 """Of two levels: the slope at the second has the rounding of the state divided by that level."""
@@ -40,17 +40,22 @@ class TwoCallScheduler(AddNoise, SigmaScheduler):
             far = start > _MOST_RATIO * end > 0.0
             # Rounding that a far step has made large leaves a state that the data are nothing beside.
             hidden = lost and end == 0.0
-            if start == end or not keeps_digits(start, end) or far or hidden:
+            if start == end or not self._keeps_digits(start, end) or far or hidden:
                 yield from (first, first + 1)
             lost |= far
         yield from range(len(self._times), len(sigmas))
+
+    def _has_row(self, index: int) -> bool:
+        """The rows of a step between equal levels are there only to be counted."""
+        ends = self._ends[index // 2 : index // 2 + 2].tolist()
+        return ends[0] != ends[1] and super()._has_row(index)
 
     def _due(self, timestep: Any, sample: Tensor, model_output: Tensor) -> tuple[Run, int] | None:
         """The run and its row for this call; None where no row is made for it."""
         if sample.shape != model_output.shape:
             return None
         run, row = self._at(timestep)
-        if row in self._theirs:
+        if row in self._theirs and self._leaves(row, model_output):
             return None
         if self.state_in_first_order:
             self._second = row + 1
