@@ -87,8 +87,10 @@ struct Outputs {
   }
 
   // From the first `count` elements of the source to those at `offset`. `ahead` elements further lies what will be read
-  // later and is fetched meanwhile.
-  template <class Coefficients>
+  // later and is fetched meanwhile. STRAY: the distance of y to the source changes from call to call, so that no
+  // direction is free of such waits. They end with the store, which is sooner when its line of y is in the cache (3
+  // times faster at 640 + 320 channels of float32, measured).
+  template <bool STRAY = false, class Coefficients>
   inline void apply(const Source<T, PLAIN>& source, int64_t offset, int64_t count, const Coefficients& coefficients,
                     int64_t ahead = 0) const {
     constexpr bool ROUNDED = sizeof(T) == 2;
@@ -97,8 +99,9 @@ struct Outputs {
     T* const to = y + offset;
     T* const total = sum ? sum + offset : nullptr;
     for_blocks(
-        count, downwards(from, offset), [&](int64_t i, auto width) __attribute__((always_inline)) {
+        count, !STRAY && downwards(from, offset), [&](int64_t i, auto width) __attribute__((always_inline)) {
           if (ahead) prefetch<2>(from.x + i + ahead, BLOCK);
+          if (STRAY) prefetch_written(to + i + 2048 / sizeof(T), BLOCK);
           const Block h = from.at(i, width);
           store({activated<SILU, ROUNDED>(h.first, k, i), activated<SILU, ROUNDED>(h.second, k, i + LANES)}, to + i,
                 width);

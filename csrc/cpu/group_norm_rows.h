@@ -109,12 +109,18 @@ class Rows {
     const PerChannel k = coefficients(part / parts_), of_second_k = k.moved(second_place_);
     const int64_t of_x = inputs_.x_channels, of_second = inputs_.second_channels;
     const int64_t first = first_row(part), count = rows_of(part);
-    const bool downwards = outputs_.downwards(inputs_.x, 0);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = first + (downwards ? count - 1 - i : i);
-      outputs_.apply(inputs_.x.moved(row * of_x), row * args_.channels, of_x, k);
-      if (of_second == 0) continue;
-      outputs_.apply(inputs_.second.moved(row * of_second), row * args_.channels + of_x, of_second, of_second_k);
+    if (of_second == 0) {
+      const bool downwards = outputs_.downwards(inputs_.x, 0);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + (downwards ? count - 1 - i : i);
+        outputs_.apply(inputs_.x.moved(row * of_x), row * of_x, of_x, k);
+      }
+      return;
+    }
+    for (int64_t row = first; row < first + count; ++row) {
+      const int64_t to = row * args_.channels;
+      outputs_.template apply<true>(inputs_.x.moved(row * of_x), to, of_x, k);
+      outputs_.template apply<true>(inputs_.second.moved(row * of_second), to + of_x, of_second, of_second_k);
     }
   }
 

@@ -66,8 +66,8 @@ inline void choose_slab(GroupNormPlan& plan, const GroupNormArgs& args) {
     vector = vector && aligned(array.data);
   }
   // No chunk has elements of both inputs.
-  const bool whole = args.channels_last ? args.channels % WIDTH == 0 && args.x_channels % WIDTH == 0
-                                        : args.spatial % WIDTH == 0;
+  const bool whole =
+      args.channels_last ? args.channels % WIDTH == 0 && args.x_channels % WIDTH == 0 : args.spatial % WIDTH == 0;
   plan.width = vector && whole ? WIDTH : 1;
   plan.groups = 1;
   if (args.channels_last) {

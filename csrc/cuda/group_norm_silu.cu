@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     slab.finals[thread] = finished(unpacked(slab.elements(slab.size), slab.results[thread]), args.eps);
   }
   __syncthreads();
-  slab.normalise([&](int i, int64_t, const T*, const auto& addend, float(&h)[kWidth]) { slab.from_tile(i, addend, h); });
+  slab.normalise(
+      [&](int i, int64_t, const T*, const auto& addend, float(&h)[kWidth]) { slab.from_tile(i, addend, h); });
   if (plan.parts > 1) finish_exchange();
 }
 
