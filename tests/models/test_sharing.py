@@ -142,7 +142,7 @@ def test_copies_are_accelerated_and_stand_alone() -> None:
     ids=["no pair", "a list", "a class of its own"],
 )
 def test_what_cannot_be_proved_is_left(module: nn.Module) -> None:
-    with pytest.raises(InputError, match="strict=True.*no network"):
+    with pytest.raises(InputError, match=r"strict=True.*no network"):
         fastdiff.accelerate(module, strict=True)
     with pytest.warns(UserWarning, match="runs as before"):
         fastdiff.accelerate(module)
