@@ -30,6 +30,7 @@ LATENTS = ((1, 4, 64, 64), (2, 4, 128, 128))
 STEPS = ("ddim", "dpmpp_2m", "unipc")
 NORMS = ((4, 256, 32, 32), (2, 640, 32, 32), (2, 320, 64, 64))
 LAYOUTS = ("contiguous", "channels_last")
+JOINED_NORMS = ((2, 960, 32, 32), (2, 1920, 16, 16))
 HEADS = ((2, 8, 1024, 40), (2, 8, 256, 80))
 ATTENTIONS = ("self", "masked", "cross77")
 NOISED = (16, 4, 64, 64)
@@ -41,6 +42,8 @@ PREPASSES = (
     *(("langevin_step_size", noise) for noise in NOISE),
 )
 NORMALS = ((1, 4, 64, 64), (8, 4, 128, 128))
+GATED = ((2, 4096, 2560), (2, 256, 10240))
+TOKENS = {"residual": ((2, 4096, 320), (2, 1024, 640)), "modulated": ((2, 256, 1152),)}
 SCHEDULERS = (
     *("ddim", "ddpm", "euler", "euler_ancestral", "flow_euler", "heun", "lms", "pndm", "ipndm"),
     *("dpmpp_2m", "dpmpp_3m", "unipc", "deis"),
@@ -62,6 +65,12 @@ CASES = (
         for dtype in DTYPES
     ),
     *(
+        Case("group_norm_silu", f"{layout}_of_two", shape, dtype)
+        for shape in JOINED_NORMS
+        for layout in LAYOUTS
+        for dtype in DTYPES
+    ),
+    *(
         Case("attention", kind, shape, dtype, quick=shape == HEADS[1])
         for kind in ATTENTIONS
         for shape in HEADS
@@ -73,6 +82,17 @@ CASES = (
         Case(operator, variant, shape, dtype, quick=(shape, dtype) == (SAMPLES[1], "float32"))
         for operator, variant in PREPASSES
         for shape in SAMPLES
+        for dtype in DTYPES
+    ),
+    *(
+        Case("geglu", "exact", shape, dtype, quick=(shape, dtype) == (GATED[1], "float32"))
+        for shape in GATED
+        for dtype in DTYPES
+    ),
+    *(
+        Case("layer_norm_modulate", kind, shape, dtype, quick=(shape, dtype) == (shapes[-1], "float32"))
+        for kind, shapes in TOKENS.items()
+        for shape in shapes
         for dtype in DTYPES
     ),
     *(Case("torch_normal", "fill", shape, dtype) for shape in NORMALS for dtype in DTYPES),

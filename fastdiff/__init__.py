@@ -7,8 +7,9 @@ from fastdiff.engine.guidance import Guidance
 from fastdiff.engine.run import run
 from fastdiff.engine.sample import sample
 from fastdiff.errors import BackendError, CheckpointError, InputError
+from fastdiff.integrations.accelerate import accelerate, restore
 from fastdiff.integrations.patch import SchedulerPatch, patch_scheduler, unpatch_scheduler
-from fastdiff.models.loading import load_model
+from fastdiff.models.loading import load_autoencoder, load_model
 from fastdiff.ops import explain, report
 
 __version__ = "0.1.0"
@@ -20,13 +21,16 @@ __all__ = [
     "Guidance",
     "InputError",
     "SchedulerPatch",
+    "accelerate",
     "engine",
     "explain",
+    "load_autoencoder",
     "load_model",
     "models",
     "ops",
     "patch_scheduler",
     "report",
+    "restore",
     "run",
     "run_adaptive",
     "sample",

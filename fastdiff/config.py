@@ -19,6 +19,8 @@ BACKENDS = ("native", "triton", "torch", "reference")
 OPERATORS = (
     *("sampler_step", "add_noise", "philox_normal", "group_norm_silu", "attention"),
     *("guidance_weights", "dynamic_threshold", "langevin_step_size"),
+    *("geglu", "layer_norm_modulate"),
+    "upsample_conv",
 )
 
 detours = int(os.environ.get("FASTDIFF_BACKEND", "") not in ("", "native"))

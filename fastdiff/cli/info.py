@@ -149,5 +149,7 @@ def _ordinary_call(name: str, device: torch.device) -> tuple[Any, ...]:
         "guidance_weights": (torch.cat([x, x]), torch.zeros(1, 2, device=device), 0.7, False, None),
         "dynamic_threshold": (x, x, torch.zeros(1, 32, device=device), 0, None, None, 0.995, 1.0),
         "langevin_step_size": (x, x, torch.zeros(1, 32, device=device), 0, None, None, None, seeds, 0.16),
+        "geglu": (x,),
+        "layer_norm_modulate": (x, *(None,) * 4, 1e-5, None, None, False),
     }
     return calls[name]

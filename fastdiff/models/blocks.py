@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.models.attention import Context
+from fastdiff import ops
+from fastdiff.models.attention import to_map, to_tokens
+from fastdiff.models.caches import Cache
+from fastdiff.models.context import Context
+from fastdiff.models.leaf import is_plain
+from fastdiff.models.maps import Map, normed, settled, summed, total
 from fastdiff.nn import GroupNormSiLU
+from fastdiff.ops.reference import memory_format
 
 
 @dataclass(frozen=True)
 class ResnetSettings:
-    """What all residual blocks of a network share."""
+    """What all residual blocks of a network share. time_channels: None for blocks that read no time."""
 
-    time_channels: int
+    time_channels: int | None
     groups: int
     eps: float
     dropout: float
@@ -29,7 +35,8 @@ class ResnetBlock(nn.Module):
 
     With scale_shift the time does not enter before norm2: its two halves a, b turn norm2's result n into n (1 + a) + b.
     resample: "down" halves, "up" doubles the picture, both before conv1 and in the shortcut.
-    x: (N, in_channels, H, W); time: (N, time_channels), activated already. Result (N, out_channels, H', W').
+    x: (N, in_channels, H, W), or with `skip` the first of those channels, of which skip has the rest. Result
+    (N, out_channels, H', W'), which may be given as a `Sum`.
     Source: Ho et al. 2020, appendix B; scale_shift and resample: Dhariwal and Nichol 2021, section 3.
     """
 
@@ -46,26 +53,74 @@ class ResnetBlock(nn.Module):
         self.scale_shift, self.scale, self.resample = settings.scale_shift, scale, resample
         self.norm1 = GroupNormSiLU(settings.groups, in_channels, eps=settings.eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(settings.time_channels, out_channels * (2 if self.scale_shift else 1))
+        projected = out_channels * (2 if self.scale_shift else 1)
+        times = settings.time_channels
+        self.time_emb_proj = None if times is None else nn.Linear(times, projected)
         self.norm2 = GroupNormSiLU(settings.groups, out_channels, eps=settings.eps, silu=not self.scale_shift)
         self.dropout = nn.Dropout(settings.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self._folded = Cache(1)
 
-    def forward(self, x: Tensor, time: Tensor, size: torch.Size | None = None) -> Tensor:
-        h = self.norm1(x)
-        if self.resample is not None:
-            h, x = (_halve(h), _halve(x)) if self.resample == "down" else (_double(h, size), _double(x, size))
-        h = self.conv1(h)
-        time = self.time_emb_proj(time)
-        if self.scale_shift:
-            a, b = time[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(self.norm2(h) * (1 + a) + b)
+    def forward(self, x: Map, context: Context, skip: Tensor | None = None, size: torch.Size | None = None) -> Map:
+        if skip is not None and not self._splits(total(x), skip, context):
+            x, skip = torch.cat([total(x), skip], dim=1), None
+        h, x = normed(self.norm1, x, context, second=skip), total(x)
+        bias = not self.folds_bias(context)
+        if self.resample == "up":
+            h, x = _convolve_doubled(self.conv1, h, self._folded, context, size, bias=bias), _double(x, size)
+        elif self.resample == "down":
+            h, x = _convolve(self.conv1, _halve(h), bias=bias), _halve(x)
         else:
-            h = self.norm2(h, addend=time)
+            h = _convolve(self.conv1, h, bias=bias)
+        h = self._normed_with_time(h, None if bias else self.conv1.bias, context)
         h = self.conv2(self.dropout(h))
-        x = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
-        return x if self.scale == 1.0 else x / self.scale
+        return summed(self._shortcut(x, skip), h, self.scale, context)
+
+    def project(self, time: Tensor | None, context: Context) -> Tensor | None:
+        """The time (N, time_channels) as norm2 takes it: what is added before it, or with scale_shift [a, b]."""
+        if self.time_emb_proj is None or time is None:
+            return None
+        projected = self.time_emb_proj(time)
+        return projected if self.scale_shift or not self.folds_bias(context) else projected + self.conv1.bias
+
+    def folds_bias(self, context: Context) -> bool:
+        """Whether conv1's bias is added where norm2 reads."""
+        return context.rewrites.folded_bias and is_plain(self.conv1) and self.conv1.bias is not None
+
+    def _splits(self, x: Tensor, skip: Tensor, context: Context) -> bool:
+        """Whether x and skip stay apart: norm1 reads both, the shortcut is the sum of two products."""
+        if not (context.rewrites.split_skip and context.rewrites.group_norm_silu):
+            return False
+        autocast = torch.is_autocast_enabled(x.device.type)
+        same = x.dtype == skip.dtype and memory_format(x, skip) == memory_format(skip, x)
+        return self.conv_shortcut is not None and is_plain(self.conv_shortcut) and same and not autocast
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        conv = self.conv_shortcut
+        if conv is None or skip is None:
+            return x if conv is None else conv(x)
+        first, second = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return F.conv2d(x, first, conv.bias) + F.conv2d(skip, second)
+        tokens = F.linear(to_tokens(x), first.flatten(1), conv.bias)
+        # The second product is added as it is made.
+        tokens.flatten(0, 1).addmm_(to_tokens(skip).flatten(0, 1), second.flatten(1).t())
+        return to_map(tokens, x)
+
+    def _normed_with_time(self, h: Tensor, bias: Tensor | None, context: Context) -> Tensor:
+        """silu(norm2(h + bias + time)); bias is that of conv1 where h has come without it."""
+        time = self.project(context.time, context) if context.projected is None else context.projected[self]
+        addend = None if bias is None else bias.expand(len(h), -1)
+        if time is not None and not self.scale_shift:
+            addend = time
+        if addend is not None and not context.rewrites.folded_bias:
+            h, addend = h + addend[:, :, None, None], None
+        h = normed(self.norm2, h, context, addend=addend)
+        if self.scale_shift and time is not None:
+            a, b = time[:, :, None, None].chunk(2, dim=1)
+            h = F.silu(h * (1 + a) + b)
+        return h
 
 
 class Downsample(nn.Module):
@@ -73,10 +128,12 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, padding: int) -> None:
         super().__init__()
+        self.padded = padding == 0
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: Map, context: Context) -> Tensor:
+        x = total(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padded else x)
 
 
 class Upsample(nn.Module):
@@ -85,9 +142,25 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self._folded = Cache(1)
 
-    def forward(self, x: Tensor, time: Tensor, size: torch.Size | None) -> Tensor:
-        return self.conv(_double(x, size))
+    def forward(self, x: Map, context: Context, size: torch.Size | None = None) -> Tensor:
+        return _convolve_doubled(self.conv, total(x), self._folded, context, size)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, *, bias: bool) -> Tensor:
+    return conv(x) if bias else F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _convolve_doubled(
+    conv: nn.Conv2d, x: Tensor, folded: Cache, context: Context, size: torch.Size | None, *, bias: bool = True
+) -> Tensor:
+    """conv(x brought to `size`); folded: where the weight is kept that does both where the size is twice x's."""
+    twice = size is None or (size[0] == 2 * x.shape[2] and size[1] == 2 * x.shape[3])
+    if not (twice and context.rewrites.upsample_conv and is_plain(conv) and settled(x, conv.weight)):
+        return _convolve(conv, _double(x, size), bias=bias)
+    weight = folded.get(None, [conv.weight], lambda: ops.fold_upsample(conv.weight))
+    return ops.upsample_conv(x, weight, conv.bias if bias else None)
 
 
 def _halve(x: Tensor) -> Tensor:
@@ -106,8 +179,8 @@ class _Stage(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
 
-    def _layer(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        x = self.resnets[index](x, time)
+    def _layer(self, index: int, x: Map, context: Context, skip: Tensor | None = None) -> Map:
+        x = self.resnets[index](x, context, skip)
         return self.attentions[index](x, context) if self.attentions else x
 
 
@@ -120,13 +193,13 @@ class DownStage(_Stage):
         super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Map, context: Context) -> tuple[Map, list[Map]]:
         skips = []
         for index in range(len(self.resnets)):
-            x = self._layer(index, x, time, context)
+            x = self._layer(index, x, context)
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x, time)
+            x = downsampler(x, context)
             skips.append(x)
         return x, skips
 
@@ -134,10 +207,10 @@ class DownStage(_Stage):
 class MidStage(_Stage):
     """The lowest resolution: a residual block, then attention (if any) and residual block in turn."""
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        x = self.resnets[0](x, time)
+    def forward(self, x: Map, context: Context) -> Map:
+        x = self.resnets[0](x, context)
         for index, resnet in enumerate(self.resnets[1:]):
-            x = resnet(self.attentions[index](x, context) if self.attentions else x, time)
+            x = resnet(self.attentions[index](x, context) if self.attentions else x, context)
         return x
 
 
@@ -150,11 +223,9 @@ class UpStage(_Stage):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
-    def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context, size: torch.Size | None
-    ) -> Tensor:
+    def forward(self, x: Map, skips: list[Map], context: Context, size: torch.Size | None) -> Map:
         for index, skip in enumerate(reversed(skips)):
-            x = self._layer(index, torch.cat([x, skip], dim=1), time, context)
+            x = self._layer(index, x, context, total(skip))
         for upsampler in self.upsamplers:
-            x = upsampler(x, time, size)
+            x = upsampler(x, context, size=size)
         return x

@@ -6,9 +6,12 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["Cache"]
 
@@ -16,38 +19,72 @@ __all__ = ["Cache"]
 class Cache:
     """The `size` latest results, each valid as long as its tensors are the same objects and were not written to.
 
-    A tensor is known by its identity, which a weak reference guards, and by the version that PyTorch counts up at every
-    write in place. An address would not do: another tensor may come to lie there. Tensors made in inference mode count
-    no versions, so that what depends on one is made anew each time. Threads may share a cache.
+    A tensor is known by its identity, which a weak reference guards, by the version that PyTorch counts up at every
+    write in place, and by its storage, since `.to()` gives a parameter another one without counting. An address would
+    not do: another tensor may come to lie there. What is written through `tensor.data` is counted by nobody and not
+    noticed. Tensors made in inference mode count no versions, so that what depends on one is made anew each time; so is
+    everything while a graph is compiled. Threads may share a cache; a copy of one is empty.
     """
 
     def __init__(self, size: int = 8) -> None:
         self._size = size
-        self._entries: OrderedDict[Hashable, tuple[list[weakref.ref[Tensor]], list[int], Any]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[list[_Seen], Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
         """What `make` gives, remembered under `key` and these tensors."""
-        if any(tensor.is_inference() for tensor in tensors):
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             return make()
-        versions = [tensor._version for tensor in tensors]
         place = (key, *map(id, tensors))
         with self._lock:
             found = self._entries.get(place)
-            if found is not None:
-                references, known, value = found
-                same = all(reference() is tensor for reference, tensor in zip(references, tensors, strict=True))
-                if same and known == versions:
-                    self._entries.move_to_end(place)
-                    return value
+            if found is not None and all(seen.still(tensor) for seen, tensor in zip(found[0], tensors, strict=True)):
+                self._entries.move_to_end(place)
+                return found[1]
+        versions = [tensor._version for tensor in tensors]
         value = make()
+        # Making it may lay parameters side by side, which gives them another storage.
+        seen = [_Seen.now(tensor, version) for tensor, version in zip(tensors, versions, strict=True)]
         with self._lock:
-            self._entries[place] = ([weakref.ref(tensor) for tensor in tensors], versions, value)
+            for dead in [other for other, (those, _) in self._entries.items() if any(each.gone() for each in those)]:
+                del self._entries[dead]
+            self._entries[place] = (seen, value)
             self._entries.move_to_end(place)
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)
         return value
 
+    def values(self) -> list[Any]:
+        """All results that are remembered, whether their tensors are still the same or not."""
+        with self._lock:
+            return [value for _, value in self._entries.values()]
+
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[int]]:
+        return Cache, (self._size,)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor as it was."""
+
+    reference: weakref.ref[Tensor]
+    version: int
+    storage: StorageWeakRef  # while this is held, no other storage has the same number
+
+    @classmethod
+    def now(cls, tensor: Tensor, version: int) -> _Seen:
+        return cls(weakref.ref(tensor), version, StorageWeakRef(tensor.untyped_storage()))
+
+    def still(self, tensor: Tensor) -> bool:
+        return (
+            self.reference() is tensor
+            and self.version == tensor._version
+            and self.storage.cdata == tensor.untyped_storage()._cdata
+        )
+
+    def gone(self) -> bool:
+        return self.reference() is None

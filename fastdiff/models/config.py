@@ -144,13 +144,7 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     layout = given.get("_class_name") or _guess(given)
     if layout not in _DEFAULTS:
         raise InputError(f"UNet: _class_name={layout!r} is not supported; expected {PLAIN!r} or {CONDITIONAL!r}")
-    known = {key: value for key, value in given.items() if not key.startswith("_")}
-    for key in known:
-        if key not in _DEFAULTS[layout]:
-            near = difflib.get_close_matches(key, _DEFAULTS[layout], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"UNet: {key}={known[key]!r} is not a configuration key of {layout}{hint}")
-    config = {key: _plain(value) for key, value in {**_DEFAULTS[layout], **known}.items()}
+    config = merge("UNet", layout, _DEFAULTS[layout], given)
     for key in ("down_block_types", "up_block_types"):
         # Early configurations call the blocks UNetResDownBlock2D and so on.
         config[key] = [kind.removeprefix("UNetRes") for kind in config[key]]
@@ -159,6 +153,39 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     _check_values(config, layout)
     _check_lengths(config)
     return {"_class_name": layout, **config}
+
+
+def merge(network: str, layout: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults with what is given in their place, as plain data; keys that begin with "_" are left out.
+
+    Errors: InputError for a key that is not among the defaults.
+    """
+    known = {key: value for key, value in given.items() if not key.startswith("_")}
+    for key in known:
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{network}: {key}={known[key]!r} is not a configuration key of {layout}{hint}")
+    return {key: _plain(value) for key, value in {**defaults, **known}.items()}
+
+
+def check_supported(network: str, config: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Errors: InputError for a value, or an entry of a list `..._types`, that is not among those supported."""
+    for key, values in supported.items():
+        if key not in config:
+            continue
+        for value in config[key] if key.endswith("_types") else [config[key]]:
+            if value not in values:
+                names = ", ".join(repr(item) for item in values)
+                raise InputError(f"{network}: {key}={value!r} is not supported; expected one of {names}")
+
+
+def check_groups(network: str, config: Mapping[str, Any]) -> None:
+    """Errors: InputError if a stage's channels are not whole groups."""
+    groups = config["norm_num_groups"]
+    for channels in config["block_out_channels"]:
+        if not isinstance(groups, int) or groups < 1 or channels % groups:
+            raise InputError(f"{network}: block_out_channels={channels} is not divisible by norm_num_groups={groups}")
 
 
 def per_stage(config: Mapping[str, Any]) -> SimpleNamespace:
@@ -192,13 +219,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_values(config: Mapping[str, Any], layout: str) -> None:
-    for key, supported in {**_SUPPORTED, **_SUPPORTED_OF[layout]}.items():
-        if key not in config:
-            continue
-        for value in config[key] if key.endswith("_types") else [config[key]]:
-            if value not in supported:
-                names = ", ".join(repr(item) for item in supported)
-                raise InputError(f"UNet: {key}={value!r} is not supported; expected one of {names}")
+    check_supported("UNet", config, {**_SUPPORTED, **_SUPPORTED_OF[layout]})
     for key, needs in _NEEDS.items():
         other = needs.get(config.get(key))  # type: ignore[arg-type]
         if other is not None and config[other] is None:
@@ -217,7 +238,4 @@ def _check_lengths(config: Mapping[str, Any]) -> None:
             raise InputError(
                 f"UNet: {key} has {len(value)} entries; expected {stages}, one for each of block_out_channels"
             )
-    groups = config["norm_num_groups"]
-    for channels in config["block_out_channels"]:
-        if not isinstance(groups, int) or groups < 1 or channels % groups:
-            raise InputError(f"UNet: block_out_channels={channels} is not divisible by norm_num_groups={groups}")
+    check_groups("UNet", config)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.models.rewrites import Rewrites
 
@@ -13,6 +14,7 @@ from fastdiff.models.rewrites import Rewrites
 class Context:
     """time (N, channels), the embedding of the timestep, activated already; tokens (B, S, channels).
 
+    projected          the time as each residual block takes it, where that was made beforehand
     mask, token_mask   (B, 1, 1, keys), added to the scores of the pixels and of the tokens
     """
 
@@ -21,3 +23,4 @@ class Context:
     tokens: Tensor | None = None
     mask: Tensor | None = None
     token_mask: Tensor | None = None
+    projected: Mapping[nn.Module, Tensor] | None = None

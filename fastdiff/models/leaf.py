@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _PLAIN = (nn.Linear, nn.Conv2d)
+_WEIGHTS = (nn.Parameter, FakeTensor)
+_METHODS = ("forward", "_conv_forward")
 
 
 def is_plain(leaf: nn.Module) -> bool:
     """Whether calling this layer is its product with `weight` plus `bias` and nothing else: no adapter around it, no
-    hook on it, no weight that is computed."""
-    return type(leaf) in _PLAIN and not (leaf._forward_hooks or leaf._forward_pre_hooks or "forward" in leaf.__dict__)
+    hook on it, no method replaced, no weight that is quantized or computed, no padding but zeros."""
+    held = leaf.__dict__
+    return (
+        type(leaf) in _PLAIN
+        and not (held["_forward_hooks"] or held["_forward_pre_hooks"])
+        and not any(method in held for method in _METHODS)
+        and type(held["_parameters"].get("weight")) in _WEIGHTS
+        and held.get("padding_mode", "zeros") == "zeros"
+    )

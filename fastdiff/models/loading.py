@@ -10,17 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import parameterization, schedules
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.files import write_atomic
 from fastdiff.models import scheduler_config
+from fastdiff.models.autoencoder import AutoencoderKL
 from fastdiff.models.config import CONDITIONAL, spread
 from fastdiff.models.unet import UNet
 from fastdiff.schedules import Schedule
@@ -29,6 +30,9 @@ EMBEDDED = ("fashion",)
 """Names of the models inside the package."""
 
 _WEIGHTS = "diffusion_pytorch_model"
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # Names of the attention's parameters before diffusers 0.15.
 _OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
@@ -94,6 +98,27 @@ def load_model(
     return _load(Path(name_or_path), schedule, prediction)
 
 
+def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderKL:
+    """The autoencoder of a diffusers folder: config.json and the weights as safetensors, itself or in vae/.
+
+    It comes on the CPU, in float32 and evaluation mode, without gradients.
+
+    Errors: CheckpointError, in one line, as for `load_model`.
+    """
+    path = Path(path)
+    if path.suffix in _PICKLES:
+        raise CheckpointError(_pickled(path))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; expected an autoencoder in diffusers' format")
+    try:
+        folder = _model_folder(path, "vae")
+        network = _from_config(AutoencoderKL, _read_json(folder / "config.json"), folder / "config.json")
+        _fill(network, _read_folder_tensors(folder), folder)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return network
+
+
 def save_model(
     model: Model,
     path: str | os.PathLike[str],
@@ -126,7 +151,7 @@ def _load(path: Path, schedule: Schedule | None, prediction: str | None) -> Mode
     if not path.exists():
         known = ", ".join(repr(name) for name in EMBEDDED)
         raise CheckpointError(f"{path}: no such file or folder, nor a model in the package ({known})")
-    if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+    if path.suffix in _PICKLES:
         raise CheckpointError(_pickled(path))
     try:
         load = _load_folder if path.is_dir() else _load_file
@@ -145,7 +170,7 @@ def _load_file(path: Path, schedule: Schedule | None, prediction: str | None) ->
     try:
         header = json.loads(metadata["fastdiff"])
         model = Model(
-            network=_network(header["network"]),
+            network=_network(UNet, header["network"]),
             schedule=schedules.from_config(header["schedule"]) if schedule is None else schedule,
             prediction=header["prediction"] if prediction is None else prediction,
             sample_shape=tuple(header["sample_shape"]),
@@ -161,11 +186,9 @@ def _load_file(path: Path, schedule: Schedule | None, prediction: str | None) ->
 
 
 def _load_folder(path: Path, schedule: Schedule | None, prediction: str | None) -> Model:
-    folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{path}: holds no config.json; expected a model folder in diffusers' format")
+    folder = _model_folder(path, "unet")
     tensors = _read_folder_tensors(folder)
-    network = _from_config(_read_json(folder / "config.json"), folder / "config.json")
+    network = _from_config(UNet, _read_json(folder / "config.json"), folder / "config.json")
     _fill(network, tensors, folder)
     said, place = _scheduler(folder, network)
     if schedule is None and not place.is_file():
@@ -186,6 +209,14 @@ def _load_folder(path: Path, schedule: Schedule | None, prediction: str | None) 
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{place}: {error}") from error
+
+
+def _model_folder(path: Path, part: str) -> Path:
+    """The folder itself, or that of the part if it is a pipeline's."""
+    folder = path / part if (path / part / "config.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{path}: holds no config.json; expected a model folder in diffusers' format")
+    return folder
 
 
 def _scheduler(folder: Path, network: UNet) -> tuple[dict[str, Any], Path]:
@@ -240,20 +271,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _from_config(config: Mapping[str, Any], path: Path) -> UNet:
+def _from_config(kind: type[Network], config: Mapping[str, Any], path: Path) -> Network:
     try:
-        return _network(config)
+        return _network(kind, config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _network(config: Mapping[str, Any]) -> UNet:
+def _network(kind: type[Network], config: Mapping[str, Any]) -> Network:
     # On the meta device no memory is filled with random numbers that the file's tensors replace at once.
     with torch.device("meta"):
-        return UNet(**config).eval().requires_grad_(False)
+        return kind(**config).eval().requires_grad_(False)
 
 
-def _fill(network: UNet, tensors: dict[str, Tensor], path: Path) -> None:
+def _fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Put the tensors in the place of the network's own, in float32."""
     expected = network.state_dict()
     tensors = {

@@ -12,10 +12,22 @@ from torch.nn import functional as F
 
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
-from fastdiff.models.attention import Context, SpatialAttention, Transformer
+from fastdiff.models.attention import SpatialAttention, Transformer
 from fastdiff.models.blocks import Downsample, DownStage, MidStage, ResnetBlock, ResnetSettings, Upsample, UpStage
-from fastdiff.models.embeddings import ACTIVATIONS, EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids
+from fastdiff.models.context import Context
+from fastdiff.models.embeddings import (
+    ACTIVATIONS,
+    EmbeddingMLP,
+    FourierFeatures,
+    LearnedTimes,
+    Sinusoids,
+    class_embedding,
+)
+from fastdiff.models.maps import Map, normed, total
+from fastdiff.models.rewrites import Rewrites
+from fastdiff.models.times import TimeTables
 from fastdiff.nn import GroupNormSiLU
+from fastdiff.ops.reference import memory_format
 
 
 class UNet(nn.Module):
@@ -32,6 +44,7 @@ class UNet(nn.Module):
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self.config = configuration.complete(config)
+        self.rewrites = Rewrites()
         self._c = c = configuration.per_stage(self.config)
         time_channels = self._add_embeddings(c)
         self._resnet = ResnetSettings(
@@ -48,6 +61,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(self._up_stage(c, stage) for stage in range(len(c.block_out_channels)))
         self._up_layers = [layers + 1 for layers in reversed(c.layers_per_block)]
         self.conv_norm_out = GroupNormSiLU(c.norm_num_groups, first, eps=c.norm_eps)
+        self._times = TimeTables(block for block in self.modules() if isinstance(block, ResnetBlock))
         self.conv_out = nn.Conv2d(first, c.out_channels, c.conv_out_kernel, padding=(c.conv_out_kernel - 1) // 2)
 
     def forward(
@@ -73,33 +87,37 @@ class UNet(nn.Module):
         The additional residuals are a ControlNet's, added to the stored maps and after the middle block.
         """
         t = self._check_input(sample, timestep, encoder_hidden_states)
-        embedding = self._embed(t, class_labels, timestep_cond, added_cond_kwargs or {})
-        # Every residual block begins its time projection with this activation: once is enough.
-        time = F.silu(embedding)
         if self._c.encoder_hid_dim_type is not None:
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
         context = Context(
-            encoder_hidden_states, _as_bias(attention_mask, sample), _as_bias(encoder_attention_mask, sample)
+            rewrites=self.rewrites,
+            tokens=encoder_hidden_states,
+            mask=_as_bias(attention_mask, sample),
+            token_mask=_as_bias(encoder_attention_mask, sample),
         )
 
-        x = self.conv_in(2 * sample - 1 if self._c.center_input_sample else sample)
+        self._read_time(context, timestep, t, class_labels, timestep_cond, added_cond_kwargs or {})
+        layout = memory_format(sample)
+        if self.rewrites.channels_last:
+            sample = sample.contiguous(memory_format=torch.channels_last)
+        x: Map = self.conv_in(2 * sample - 1 if self._c.center_input_sample else sample)
         skips = [x]
         for block in self.down_blocks:
-            x, outputs = block(x, time, context)
+            x, outputs = block(x, context)
             skips += outputs
-        if down_block_additional_residuals is not None:
-            skips = [skip + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
         if self.mid_block is not None:
-            x = self.mid_block(x, time, context)
+            x = self.mid_block(x, context)
+        if down_block_additional_residuals is not None:
+            skips = [total(skip) + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
         if mid_block_additional_residual is not None:
-            x = x + mid_block_additional_residual
+            x = total(x) + mid_block_additional_residual
         for block, layers in zip(self.up_blocks, self._up_layers, strict=True):
             skips, mine = skips[:-layers], skips[-layers:]
-            x = block(x, mine, time, context, skips[-1].shape[2:] if skips else None)
-        x = self.conv_out(self.conv_norm_out(x))
+            x = block(x, mine, context, total(skips[-1]).shape[2:] if skips else None)
+        out: Tensor = self.conv_out(normed(self.conv_norm_out, x, context, keep=False))
         if self._c.time_embedding_type == "fourier" and not self._c.conditional:
-            x = x / t.reshape(-1, 1, 1, 1)
-        return x
+            out = out / t.reshape(-1, 1, 1, 1)
+        return out.contiguous(memory_format=layout) if self.rewrites.channels_last else out
 
     def _check_input(self, sample: Tensor, timestep: Tensor | float | int, tokens: Tensor | None) -> Tensor:
         """The times (N,), after the checks that need no look at the data."""
@@ -131,7 +149,8 @@ class UNet(nn.Module):
         self.time_embedding = EmbeddingMLP(
             features, channels, condition_channels=c.time_cond_proj_dim, post_act=c.timestep_post_act
         )
-        self.class_embedding = _class_embedding(c, features, channels)
+        self.class_embedding = class_embedding(c, features, channels)
+        self.add_embedding: nn.Module | None = None
         if c.addition_embed_type == "text_time":
             self.add_time_proj = Sinusoids(c.addition_time_embed_dim, flip=c.flip_sin_to_cos, shift=c.freq_shift)
             self.add_embedding = EmbeddingMLP(c.projection_class_embeddings_input_dim, channels)
@@ -139,10 +158,26 @@ class UNet(nn.Module):
             self.encoder_hid_proj = nn.Linear(c.encoder_hid_dim, c.cross_attention_dim[0])
         return channels
 
-    def _embed(
-        self, t: Tensor, class_labels: Tensor | None, condition: Tensor | None, added: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The embedding (N, time_channels) of the time, the class, and what `added` holds."""
+    def _read_time(
+        self,
+        context: Context,
+        timestep: Tensor | float | int,
+        t: Tensor,
+        class_labels: Tensor | None,
+        timestep_cond: Tensor | None,
+        added: Mapping[str, Tensor],
+    ) -> None:
+        """Gives the context the time: for each residual block if it was made beforehand, else as an embedding."""
+        conditions = (class_labels, timestep_cond, added.get("text_embeds"), added.get("time_ids"))
+        if context.rewrites.time_cache:
+            embedders = (self.time_proj, self.time_embedding, self.class_embedding, self.add_embedding)
+            context.projected = self._times.find(timestep, len(t), conditions, embedders, self._embed, context)
+        if context.projected is None:
+            context.time = self._embed(t, conditions)
+
+    def _embed(self, t: Tensor, conditions: Sequence[Tensor | None]) -> Tensor:
+        """silu(the embedding (N, time_channels) of the time, the class, and what SDXL adds)."""
+        class_labels, condition, text_embeds, time_ids = conditions
         dtype = self.time_embedding.linear_1.weight.dtype
         embedding = self.time_embedding(self.time_proj(t).to(dtype), condition)
         if (class_labels is None) != (self.class_embedding is None):
@@ -155,15 +190,16 @@ class UNet(nn.Module):
             classes = self.class_embedding(class_labels).to(dtype)
             concat = self._c.class_embeddings_concat
             embedding = torch.cat([embedding, classes], dim=-1) if concat else embedding + classes
-        if self._c.addition_embed_type is not None:
-            for name in ("text_embeds", "time_ids"):
-                if name not in added:
-                    raise InputError(f"UNet: added_cond_kwargs has no {name!r}; addition_embed_type needs it")
-            sizes = self.add_time_proj(added["time_ids"].flatten()).reshape(len(t), -1)
-            both = torch.cat([added["text_embeds"], sizes.to(added["text_embeds"].dtype)], dim=-1)
+        if self.add_embedding is not None:
+            if text_embeds is None or time_ids is None:
+                missing = "text_embeds" if text_embeds is None else "time_ids"
+                raise InputError(f"UNet: added_cond_kwargs has no {missing!r}; addition_embed_type needs it")
+            sizes = self.add_time_proj(time_ids.flatten()).reshape(len(t), -1)
+            both = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1)
             embedding = embedding + self.add_embedding(both.to(dtype))
         activation = ACTIVATIONS[self._c.time_embedding_act_fn]
-        return embedding if activation is None else activation(embedding)
+        # Every residual block begins its time projection with this silu: once is enough.
+        return F.silu(embedding if activation is None else activation(embedding))
 
     def _down_stage(self, c: SimpleNamespace, stage: int) -> DownStage:
         kind, layers, channels = c.down_block_types[stage], c.layers_per_block[stage], c.block_out_channels[stage]
@@ -249,18 +285,6 @@ class UNet(nn.Module):
             )
             for depth in configuration.spread(depths, layers)
         ]
-
-
-def _class_embedding(c: SimpleNamespace, features: int, channels: int) -> nn.Module | None:
-    if c.class_embed_type == "timestep":
-        return EmbeddingMLP(features, channels)
-    if c.class_embed_type == "identity":
-        return nn.Identity()
-    if c.class_embed_type == "projection":
-        return EmbeddingMLP(c.projection_class_embeddings_input_dim, channels)
-    if c.class_embed_type == "simple_projection":
-        return nn.Linear(c.projection_class_embeddings_input_dim, channels)
-    return None if c.num_class_embeds is None else nn.Embedding(c.num_class_embeds, channels)
 
 
 def _as_bias(mask: Tensor | None, sample: Tensor) -> Tensor | None:

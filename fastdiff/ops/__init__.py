@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL
-from fastdiff.ops import checks, reference
+from fastdiff.ops import checks, norm_checks, reference
 from fastdiff.ops.calling import call as _call
 from fastdiff.ops.calling import explanation, plain_step
+from fastdiff.ops.convolution import fold_upsample, upsample_conv
 from fastdiff.ops.dispatch import REGISTERED, Report, report
+from fastdiff.ops.network import geglu, layer_norm_modulate
 from fastdiff.ops.prepass import dynamic_threshold, guidance_weights, langevin_step_size
 from fastdiff.ops.torch_noise import torch_normal
 
@@ -25,13 +27,17 @@ __all__ = [
     "attention",
     "dynamic_threshold",
     "explain",
+    "fold_upsample",
+    "geglu",
     "group_norm_silu",
     "guidance_weights",
     "langevin_step_size",
+    "layer_norm_modulate",
     "philox_normal",
     "report",
     "sampler_step",
     "torch_normal",
+    "upsample_conv",
 ]
 
 
@@ -185,19 +191,23 @@ def group_norm_silu(
     silu: bool = True,
     addend: Tensor | None = None,
     residual: Tensor | None = None,
+    second: Tensor | None = None,
     return_sum: bool = False,
 ) -> Any:
     """y = silu((h - mean) / sqrt(var + eps) * weight + bias) with h = x + addend[n, c] + residual; y, or (y, h).
 
-    Mean and biased variance are taken over each sample's group of C / groups channels, of the unrounded h.
+    Mean and biased variance are taken over each sample's group of C / groups channels, of the unrounded h. With
+    `second`, h = concat([x, second]) + addend: the channels of both, C = C1 + C2, which are never brought together in
+    memory. A group may have channels of either.
 
     x: (N, C, *spatial) float32, float16 or bfloat16, contiguous or channels-last; y and h keep its dtype and layout.
     weight, bias: (C,), x's dtype or float32. addend: (N, C), x's dtype or float32. residual: x's shape and dtype.
+    second: (N, C2, *spatial), x's dtype and layout; then x is (N, C1, *spatial), and there is no residual.
     silu=False leaves the activation out. float32 arithmetic and statistics, with no cancellation for large means.
     Source: Wu & He, "Group Normalization", 2018; Elfwing et al., "Sigmoid-Weighted Linear Units", 2017.
     """
-    checks.group_norm_silu(x, groups, weight, bias, addend, residual)
-    layout = reference.memory_format(x)
+    norm_checks.group_norm_silu(x, groups, weight, bias, addend, residual, second)
+    layout = reference.memory_format(x, second)
     if residual is not None:
         residual = residual.contiguous(memory_format=layout)
     arguments = (
@@ -209,6 +219,7 @@ def group_norm_silu(
         silu,
         addend if addend is None else addend.contiguous(),
         residual,
+        second,
         return_sum,
     )
     y, h = _call("group_norm_silu", arguments)

@@ -236,37 +236,6 @@ def philox_normal(seeds: Tensor, shape: Sequence[int], step: int, stream: int, d
     _word(name, "stream", stream)
 
 
-def group_norm_silu(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    name = "group_norm_silu"
-    _floating(name, "x", x)
-    if x.dim() < 2 or x.numel() == 0:
-        raise InputError(f"{name}: x has shape {tuple(x.shape)}; expected (N, C, ...) with at least one element")
-    channels = x.shape[1]
-    if groups < 1 or channels % groups:
-        raise InputError(f"{name}: C={channels} is not divisible by groups={groups}")
-    for argument, value, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("addend", addend, (x.shape[0], channels)),
-    ):
-        if value is not None:
-            _shape(name, argument, value, shape)
-            if value.dtype not in (x.dtype, torch.float32):
-                raise InputError(f"{name}: {argument} is {value.dtype}; expected {x.dtype} (as x) or torch.float32")
-    if residual is not None:
-        _shape(name, "residual", residual, x.shape)
-        if residual.dtype != x.dtype:
-            raise InputError(f"{name}: residual is {residual.dtype}; expected {x.dtype} (as x)")
-    _same_device(name, x, weight=weight, bias=bias, addend=addend, residual=residual)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     name = "attention"
     for argument, value in (("q", q), ("k", k), ("v", v)):

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff import config
 from fastdiff.errors import BackendError, InputError
-from fastdiff.ops import native, torch_library, triton
+from fastdiff.ops import native, networks, torch_library, triton
 from fastdiff.ops.registry import OPERATORS, Backend, Operator
 
 
@@ -55,23 +55,35 @@ class Report:
 
     calls: {(operator, backend): number of calls}; fallbacks: {(operator, backend passed over): reason}, for calls that
     ended on the reference.
+
+    networks: {name: bytes of what is kept besides the parameters}, for each network that `accelerate` converted and
+    that is still there. left: {(name, reason): calls that ran on the network's own code}, 0 where it was not converted.
     """
 
     calls: dict[tuple[str, str], int]
     fallbacks: dict[tuple[str, str], str]
+    networks: dict[str, int] = field(default_factory=dict)
+    left: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{operator}: {backend} x {count}" for (operator, backend), count in sorted(self.calls.items())]
         lines += [f"{operator}: not {backend}: {reason}" for (operator, backend), reason in self.fallbacks.items()]
-        return "\n".join(lines) or "no operator has run"
+        lines = lines or ["no operator has run"]
+        lines += [f"{name}: accelerated, {size} bytes of copies" for name, size in self.networks.items()]
+        lines += [
+            f"{name}: left as it was{f', {calls} calls' if calls else ''}: {reason}"
+            for (name, reason), calls in self.left.items()
+        ]
+        return "\n".join(lines)
 
 
 def report(*, reset: bool = False) -> Report:
-    """Calls of each operator by backend, and each automatic fallback with its reason."""
+    """Calls of each operator by backend, each automatic fallback with its reason, and what became of networks."""
+    copies, left = networks.take(reset=reset)
     with _lock:
         if plain := native.take_plain_steps():
             _used["sampler_step", "native"] += plain
-        result = Report(dict(_used), dict(_fallbacks))
+        result = Report(dict(_used), dict(_fallbacks), copies, left)
         if reset:
             _used.clear()
             _fallbacks.clear()

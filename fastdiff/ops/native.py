@@ -12,8 +12,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastdiff.ops.reference import memory_format
 from fastdiff.ops.registry import Backend, KernelBackend, noise_dtype, sample_size
 
 ON_CUDA = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu")
@@ -88,11 +90,13 @@ class _Native(KernelBackend):
         return self._run(*args)
 
 
-def _group_norm_silu_limits(x: Tensor, groups: int, *_: Any) -> str | None:
-    if x.is_cuda and not x.is_contiguous() and x.shape[1] // groups > MAX_CUDA_GROUP:
-        return (
-            f"its CUDA kernel takes channels-last groups of up to {MAX_CUDA_GROUP} channels, not {x.shape[1] // groups}"
-        )
+def _group_norm_silu_limits(x: Tensor, groups: int, *args: Any) -> str | None:
+    second = args[-2]
+    if not x.is_cuda or memory_format(x, second) == torch.contiguous_format:
+        return None
+    size = (x.shape[1] + (0 if second is None else second.shape[1])) // groups
+    if size > MAX_CUDA_GROUP:
+        return f"its CUDA kernel takes channels-last groups of up to {MAX_CUDA_GROUP} channels, not {size}"
     return None
 
 
@@ -105,4 +109,6 @@ BACKENDS: dict[str, Backend] = {
     "guidance_weights": _Native("guidance_weights", 1),
     "dynamic_threshold": _Native("dynamic_threshold", 2, sample_size(2**32 - 1)),
     "langevin_step_size": _Native("langevin_step_size", 2, noise_dtype),
+    "geglu": _Native("geglu", 1),
+    "layer_norm_modulate": _Native("layer_norm_modulate", 1),
 }

@@ -37,13 +37,19 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout outputs take from this input: channels-last if it is that and not contiguous, else contiguous."""
+def memory_format(x: Tensor, second: Tensor | None = None) -> torch.memory_format:
+    """The layout outputs take from this input: channels-last if it is that and not contiguous, else contiguous.
+
+    Of two inputs that are joined along the channels: x's, or that of `second` where x has either, as at one channel.
+    """
     if not x.is_contiguous():
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
         if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
             return torch.channels_last_3d
+    elif second is not None:
+        layout = memory_format(second)
+        return layout if x.is_contiguous(memory_format=layout) else torch.contiguous_format
     return torch.contiguous_format
 
 
@@ -97,9 +103,10 @@ def group_norm_silu(
     silu: bool,
     addend: Tensor | None,
     residual: Tensor | None,
+    second: Tensor | None,
     return_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    h = wide(x)
+    h = wide(x) if second is None else torch.cat([wide(x), wide(second)], dim=1)
     if addend is not None:
         h = h + wide(addend).reshape(*addend.shape, *(1,) * (x.dim() - 2))
     if residual is not None:
@@ -109,7 +116,7 @@ def group_norm_silu(
     scale = None if weight is None else weight.to(h.dtype)
     shift = None if bias is None else bias.to(h.dtype)
     y = torch.group_norm(h, groups, scale, shift, eps)  # F.group_norm refuses a group of one element
-    layout = memory_format(x)
+    layout = memory_format(x, second)
     y = (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=layout)
     if not return_sum:
         return y, x.new_empty(0)
@@ -127,6 +134,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         weights = torch.softmax(scores, dim=-1)
     out = (weights @ wide(v).to(weights.dtype)).to(q.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    h, w = x.shape[2:]
+    each = None if bias is None else wide(bias).repeat(4)
+    y = F.conv2d(wide(x), wide(weight), each, padding=1).unflatten(1, (2, 2, -1))
+    rows = [torch.stack([y[:, a, b, :, a : a + h, b : b + w] for b in range(2)], dim=-1) for a in range(2)]
+    out = torch.stack(rows, dim=-3).flatten(-2).flatten(-3, -2)
+    return out.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
 def sampler_step(

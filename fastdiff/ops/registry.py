@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.ops import prepass_reference, reference
+from fastdiff.ops import network_reference, prepass_reference, reference
 from fastdiff.ops.reference import memory_format
 
 
@@ -111,7 +111,10 @@ def _fake_add_noise(x: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_group_norm_silu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=memory_format(x))
+    second = args[-2]
+    channels = x.shape[1] + (0 if second is None else second.shape[1])
+    shape, layout = (x.shape[0], channels, *x.shape[2:]), memory_format(x, second)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     return y, torch.empty_like(y) if args[-1] else x.new_empty(0)
 
 
@@ -131,6 +134,11 @@ def _fake_sampler_step(x: Tensor, model_output: Tensor, *args: Any) -> tuple[Ten
     )
 
 
+def _fake_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    shape = (x.shape[0], weight.shape[0] // 4, 2 * x.shape[2], 2 * x.shape[3])
+    return x.new_empty(shape).to(memory_format=memory_format(x))
+
+
 def _fake_guidance_weights(model_output: Tensor, weights: Tensor, *_: Any) -> Tensor:
     return weights.new_empty(weights.shape, dtype=torch.promote_types(model_output.dtype, torch.float32))
 
@@ -138,6 +146,14 @@ def _fake_guidance_weights(model_output: Tensor, weights: Tensor, *_: Any) -> Te
 def _fake_scales(x: Tensor, model_output: Tensor, *_: Any) -> Tensor:
     wide = torch.promote_types(torch.promote_types(x.dtype, model_output.dtype), torch.float32)
     return x.new_empty((x.shape[0], 3), dtype=wide)
+
+
+def _fake_geglu(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _fake_layer_norm_modulate(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape if args[-1] else 0)
 
 
 OPERATORS = {
@@ -167,7 +183,7 @@ OPERATORS = {
         Operator(
             "group_norm_silu",
             "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? addend,"
-            " Tensor? residual, bool return_sum) -> (Tensor, Tensor)",
+            " Tensor? residual, Tensor? second, bool return_sum) -> (Tensor, Tensor)",
             reference.group_norm_silu,
             _fake_group_norm_silu,
         ),
@@ -196,6 +212,20 @@ OPERATORS = {
             " Tensor? noise, Tensor? seeds, float snr) -> Tensor",
             prepass_reference.langevin_step_size,
             _fake_scales,
+        ),
+        Operator("geglu", "(Tensor x) -> Tensor", network_reference.geglu, _fake_geglu),
+        Operator(
+            "layer_norm_modulate",
+            "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, Tensor? residual,"
+            " Tensor? gate, bool return_sum) -> (Tensor, Tensor)",
+            network_reference.layer_norm_modulate,
+            _fake_layer_norm_modulate,
+        ),
+        Operator(
+            "upsample_conv",
+            "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+            reference.upsample_conv,
+            _fake_upsample_conv,
         ),
     )
 }

@@ -93,7 +93,7 @@ def test_explain_says_why_not_and_runs_nothing() -> None:
 def test_explain_gives_the_reason_that_selection_and_the_error_give() -> None:
     x = normal(1, 4, 3, 3, dtype=torch.float64)
     text = fastdiff.explain("group_norm_silu", x, 2)
-    reason = dispatch.BACKENDS["group_norm_silu"][0].supports(x, 2, None, None, 1e-5, True, None, None, False)
+    reason = dispatch.BACKENDS["group_norm_silu"][0].supports(x, 2, None, None, 1e-5, True, None, None, None, False)
     assert reason is not None
     assert f"not native: {reason}" in text
     with fastdiff.use_backend("native"), pytest.raises(BackendError) as error:

@@ -1,0 +1,211 @@
+"""A module of the library's whose calls run on a network of ours: its `forward`, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import types
+import warnings
+import weakref
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.models.convert import Call, Left, check, converter
+from fastdiff.models.forward import Forward, forward
+from fastdiff.models.rewrites import Rewrites
+from fastdiff.models.sharing import Facts, Shared, facts
+from fastdiff.ops import networks
+
+
+class Conversion:
+    """One module of the library's and the network that stands for it.
+
+    What was computed from its parameters is forgotten when a layer is exchanged or a parameter gets other data. Writing
+    through `weight.data[...]` leaves no trace: `refresh` says that it happened.
+    """
+
+    def __init__(self, module: nn.Module, name: str, rewrites: Rewrites) -> None:
+        self._module, self.name, self._rewrites = weakref.ref(module), name, rewrites
+        self.enabled = True
+        self._reset()
+
+    def _reset(self) -> None:
+        self._shared: Shared | None = None
+        self._config: Any = None
+        self._lock = threading.Lock()
+        self._warned: set[str] = set()
+
+    def install(self) -> None:
+        """Puts our calls into the module. Raises InputError if the configuration is not supported."""
+        module = self.module()
+        assert module is not None
+        self._ready(module)
+        for path in self._calls(module):
+            owner = module.get_submodule(path)
+            Entry(owner, self, path).install()
+        networks.watch(self)
+
+    @property
+    def rewrites(self) -> Rewrites:
+        return self._rewrites
+
+    def refresh(self, rewrites: Rewrites) -> None:
+        """Takes up other rewrites, and forgets what was computed from the parameters."""
+        self._rewrites = rewrites
+        if self._shared is not None:
+            self._shared.network.rewrites = rewrites  # type: ignore[assignment]
+            for cache in self._shared.caches():
+                cache.clear()
+
+    def module(self) -> nn.Module | None:
+        return self._module()
+
+    def copies(self) -> int:
+        return 0 if self._shared is None else self._shared.copies()
+
+    def obstacle(self) -> str | None:
+        """Why the network cannot stand for the module as both are now."""
+        module = self.module()
+        assert module is not None
+        kind = converter(module)
+        assert kind is not None
+        return self._ready(module).sync(module) or kind.obstacle(module)
+
+    def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the forward at that path gives. Raises Left where the library's own has to."""
+        module = self.module()
+        if module is None or not self.enabled:
+            raise Left(None)
+        shared = self._ready(module)
+        reason = self.obstacle()
+        if reason is not None:
+            raise Left(reason)
+        if torch.is_grad_enabled() and (_require_grad((args, kwargs)) or shared.requires_grad()):
+            raise Left(None)
+        if module.training and shared.drops():
+            raise Left(None)
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            raise Left("autocast is on")
+        run = self._calls(module)[path]
+        check(_takes(run, args, kwargs))
+        return run(shared.network, module, *args, **kwargs)
+
+    def leave(self, reason: str | None) -> None:
+        """Notes that a call was the library's own, and warns of each reason once."""
+        if reason is None:
+            return
+        networks.leave(self.name, reason, calls=1)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"fastdiff: {self.name} runs as before: {reason}", stacklevel=5)
+
+    def _calls(self, module: nn.Module) -> Any:
+        kind = converter(module)
+        assert kind is not None
+        return kind.calls
+
+    def _ready(self, module: nn.Module) -> Shared:
+        """The network for the configuration that the module has now."""
+        config = module.config
+        if self._shared is None or self._config is not config:
+            with self._lock:
+                if self._shared is None or (self._config is not config and dict(self._config) != dict(config)):
+                    self._shared = self._build(module)
+                self._config = config
+        return self._shared
+
+    def _build(self, module: nn.Module) -> Shared:
+        kind = converter(module)
+        assert kind is not None
+        with torch.device("meta"):
+            network = kind.build(module.config)  # type: ignore[arg-type]
+        network.rewrites = self._rewrites  # type: ignore[assignment]
+        return Shared(module, network, _made_anew(module))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
+        module = self.module()
+        copied = memo.get(id(module))
+        made = Conversion.__new__(Conversion)
+        memo[id(self)] = made
+        made.__setstate__((copied, self.name, self._rewrites, self.enabled))
+        return made
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.module(), self.name, self._rewrites, self.enabled
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        module, self.name, self._rewrites, self.enabled = state
+        self._module = weakref.ref(nn.Module() if module is None else module)
+        self._reset()
+        networks.watch(self)
+
+
+class Entry(Forward):
+    """The forward of a converted module, or of a module inside it."""
+
+    def __init__(self, owner: nn.Module, conversion: Conversion, path: str) -> None:
+        super().__init__(owner)
+        self._conversion, self._path = conversion, path
+
+    @property
+    def conversion(self) -> Conversion:
+        return self._conversion
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._conversion.call(self._path, args, kwargs)
+        except Left as left:
+            self._conversion.leave(left.reason)
+        return self.original(*args, **kwargs)
+
+    def undo(self) -> None:
+        self._conversion.enabled = False
+        networks.forget(self._conversion)
+
+    def copied(self, owner: nn.Module, memo: dict[int, Any]) -> Any:
+        if id(self._conversion.module()) not in memo:
+            # The part is copied without the whole.
+            return types.MethodType(type(owner).forward, owner)
+        return Entry(owner, copy.deepcopy(self._conversion, memo), self._path)
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self._conversion, self._path
+
+
+def entry(module: nn.Module) -> Entry | None:
+    """Our forward of a converted module."""
+    found = forward(module)
+    return found if isinstance(found, Entry) else None
+
+
+def _made_anew(module: nn.Module) -> dict[str, Facts]:
+    """What the module's class makes of its configuration."""
+    names = inspect.signature(type(module).__init__).parameters
+    config = {name: value for name, value in module.config.items() if name in names}  # type: ignore[union-attr,operator]
+    with torch.device("meta"):
+        return facts(type(module)(**config))
+
+
+def _takes(run: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments are some that it knows, and all that it needs."""
+    names, needed = _parameters(run)
+    given = {*names[: len(args)], *kwargs}
+    return len(given) == len(args) + len(kwargs) and needed <= given <= {*names}
+
+
+@cache
+def _parameters(run: Call) -> tuple[tuple[str, ...], frozenset[str]]:
+    known = list(inspect.signature(run).parameters.values())[2:]
+    return tuple(p.name for p in known), frozenset(p.name for p in known if p.default is p.empty)
+
+
+def _require_grad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        return any(map(_require_grad, value.values()))
+    return isinstance(value, tuple | list) and any(map(_require_grad, value))

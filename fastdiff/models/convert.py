@@ -1,0 +1,201 @@
+"""The library's classes that a network of ours can stand for, and what their calls become.
+
+The library itself is never imported: its classes are known by their names and modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.models.autoencoder import AutoencoderKL
+from fastdiff.models.unet import UNet
+
+
+class Left(Exception):
+    """This call is the library's own. `reason` says why; None where the library says so itself, or need not."""
+
+    def __init__(self, reason: str | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+Call = Callable[..., Any]
+"""call(network, module, *args, **kwargs): what a forward of the library's gives for these arguments.
+
+Raises Left, before anything has been computed, for arguments that the network does not take."""
+
+
+@dataclass(frozen=True)
+class Converter:
+    """How a class of the library runs on a network of ours.
+
+    home       the module that defines the class
+    build      our network for its configuration, called on the meta device; InputError says what is not supported
+    calls      what runs in the place of each forward that is replaced, by the path of its module ("" for itself)
+    obstacle   why a call must be the library's own now, from what can be set on the module without a trace elsewhere
+    """
+
+    home: str
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    calls: Mapping[str, Call]
+    obstacle: Callable[[nn.Module], str | None] = lambda module: None
+
+
+def output(module: nn.Module, name: str, value: Tensor, return_dict: bool) -> Any:
+    """The value as the library's class of that name, or in a tuple."""
+    return getattr(sys.modules[type(module).__module__], name)(value) if return_dict else (value,)
+
+
+def check(condition: bool) -> None:
+    """Leaves a call to the library, to take or to refuse it in its own words, where the condition does not hold."""
+    if not condition:
+        raise Left(None)
+
+
+def refuse(**arguments: Any) -> None:
+    """Leaves a call to the library if one of these arguments is not None."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise Left(f"it was called with {name}")
+
+
+def plain_kwargs(name: str, given: Mapping[str, Any] | None) -> None:
+    """Leaves a call to the library if its keywords for the attention processors change anything."""
+    for key, value in (given or {}).items():
+        if not (value is None or (key == "scale" and value == 1)):
+            raise Left(f"it was called with {name}={{{key!r}: ...}}")
+
+
+def _plain_unet(
+    network: UNet,
+    module: Any,
+    sample: Tensor,
+    timestep: Tensor | float,
+    class_labels: Tensor | None = None,
+    return_dict: bool = True,
+) -> Any:
+    if not isinstance(timestep, Tensor):
+        # The library takes a number's whole part.
+        timestep = torch.tensor(timestep, dtype=torch.long, device=sample.device)
+    check(_fits(network, sample, timestep) and (class_labels is None) == (network.class_embedding is None))
+    return output(module, "UNet2DOutput", network(sample, timestep, class_labels=class_labels), return_dict)
+
+
+def _conditional_unet(
+    network: UNet,
+    module: Any,
+    sample: Tensor,
+    timestep: Tensor | float,
+    encoder_hidden_states: Tensor,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+    down_block_additional_residuals: tuple[Tensor, ...] | None = None,
+    mid_block_additional_residual: Tensor | None = None,
+    down_intrablock_additional_residuals: tuple[Tensor, ...] | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    return_dict: bool = True,
+) -> Any:
+    plain_kwargs("cross_attention_kwargs", cross_attention_kwargs)
+    refuse(down_intrablock_additional_residuals=down_intrablock_additional_residuals)
+    config = network.config
+    count, residuals = len(sample), down_block_additional_residuals
+    if (residuals is None) != (mid_block_additional_residual is None):
+        raise Left("it was called with the residuals of the way down or of the middle alone")
+    if isinstance(encoder_hidden_states, tuple):
+        raise Left("encoder_hidden_states is a tuple")
+    # Without class embeddings the library takes no notice of labels.
+    class_labels = None if network.class_embedding is None else class_labels
+    crossed = encoder_hidden_states is not None and len(encoder_hidden_states) == count
+    check(
+        _fits(network, sample, timestep)
+        and (crossed or encoder_hidden_states is None)
+        and (class_labels is None) == (network.class_embedding is None)
+        and (timestep_cond is None or config["time_cond_proj_dim"] is not None)
+        and (residuals is None or len(residuals) == _stored_maps(network))
+        and all(mask is None or mask.dim() == 2 for mask in (attention_mask, encoder_attention_mask))
+    )
+    if config["addition_embed_type"] is not None:
+        check(added_cond_kwargs is not None and {"text_embeds", "time_ids"} <= added_cond_kwargs.keys())
+        check(added_cond_kwargs is not None and len(added_cond_kwargs["text_embeds"]) == count)
+    if not isinstance(timestep, Tensor):
+        kind = torch.float64 if isinstance(timestep, float) else torch.int64
+        timestep = torch.tensor(timestep, dtype=kind, device=sample.device)
+    result = network(
+        sample,
+        timestep,
+        encoder_hidden_states,
+        class_labels=class_labels,
+        timestep_cond=timestep_cond,
+        attention_mask=attention_mask,
+        encoder_attention_mask=encoder_attention_mask,
+        added_cond_kwargs=added_cond_kwargs,
+        down_block_additional_residuals=residuals,
+        mid_block_additional_residual=mid_block_additional_residual,
+    )
+    return output(module, "UNet2DConditionOutput", result, return_dict)
+
+
+def _fits(network: UNet, sample: Tensor, timestep: Any) -> bool:
+    if sample.dim() != 4 or sample.shape[1] != network.config["in_channels"]:
+        return False
+    if not isinstance(timestep, Tensor):
+        return isinstance(timestep, int | float)
+    return timestep.dim() == 0 or (timestep.dim() == 1 and len(timestep) in (1, len(sample)))
+
+
+def _stored_maps(network: UNet) -> int:
+    return 1 + sum(len(stage.resnets) + len(stage.downsamplers) for stage in network.down_blocks)  # type: ignore
+
+
+def _freed(module: nn.Module) -> str | None:
+    """FreeU leaves its four numbers on every block of the way up."""
+    for block in module.up_blocks:  # type: ignore[union-attr]
+        if all(vars(block).get(name) for name in ("s1", "s2", "b1", "b2")):
+            return "FreeU is enabled"
+    return None
+
+
+def _encode(network: AutoencoderKL, module: Any, sample: Tensor) -> Tensor:
+    check(sample.dim() == 4 and sample.shape[1] == network.config["in_channels"])
+    return network.encoder(sample)
+
+
+def _decode(network: AutoencoderKL, module: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+    refuse(latent_embeds=latent_embeds)
+    check(sample.dim() == 4 and sample.shape[1] == network.config["latent_channels"])
+    return network.decoder(sample)
+
+
+CONVERTERS: dict[str, Converter] = {
+    "UNet2DModel": Converter(
+        "diffusers.models.unets.unet_2d",
+        lambda config: UNet(**{**config, "_class_name": "UNet2DModel"}),
+        {"": _plain_unet},
+    ),
+    "UNet2DConditionModel": Converter(
+        "diffusers.models.unets.unet_2d_condition",
+        lambda config: UNet(**{**config, "_class_name": "UNet2DConditionModel"}),
+        {"": _conditional_unet},
+        _freed,
+    ),
+    "AutoencoderKL": Converter(
+        "diffusers.models.autoencoders.autoencoder_kl",
+        lambda config: AutoencoderKL(**{**config, "_class_name": "AutoencoderKL"}),
+        {"encoder": _encode, "decoder": _decode},
+    ),
+}
+"""By the name of the library's class."""
+
+
+def converter(module: nn.Module) -> Converter | None:
+    found = CONVERTERS.get(type(module).__name__)
+    return found if found is not None and type(module).__module__ == found.home else None

@@ -1,0 +1,288 @@
+"""A network of ours over the layers of another: the other's own modules and parameters, looked after at every call."""
+
+from __future__ import annotations
+
+import operator
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastdiff.errors import InputError
+from fastdiff.models.caches import Cache
+from fastdiff.models.forward import Forward
+
+_LEAVES = (nn.Linear, nn.Conv2d)
+"""Other code may put layers of its own in their place; ours call whatever lies there."""
+_SHARED = (*_LEAVES, nn.LayerNorm, nn.Embedding)
+"""The other network's objects take the place of ours. Other modules of ours only read the other's parameters."""
+_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+"""Ways of computing one and the same attention."""
+_FREE = frozenset({"training", "gradient_checkpointing", "sliceable_head_dim"})
+"""Attributes that change how a module of the library computes but not what."""
+
+_parents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_changes = 0
+
+
+def _count_change(parent: nn.Module, name: str, child: Any) -> None:
+    # A layer that was wrapped, had its weight written to, and was unwrapped between two calls is the same object with
+    # the same version as before.
+    global _changes
+    if parent in _parents:
+        _changes += 1
+
+
+_watching = threading.Lock()
+_watched = False
+
+
+def _watch_changes() -> None:
+    global _watched
+    with _watching:
+        if not _watched:
+            torch_module.register_module_module_registration_hook(_count_change)
+            _watched = True
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a module of the library is when its class has just made it."""
+
+    kind: type
+    values: Mapping[str, Any]
+    children: frozenset[str]
+    shapes: Mapping[str, torch.Size | None]
+
+
+def facts(module: nn.Module) -> dict[str, Facts]:
+    """The facts of a module and of all inside it, by their paths."""
+    return {
+        path: Facts(
+            type(inner),
+            {name: value for name, value in vars(inner).items() if name[0] != "_" and _is_value(value)},
+            frozenset(name for name, child in inner._modules.items() if child is not None),
+            {name: None if p is None else p.shape for name, p in inner._parameters.items()},
+        )
+        for path, inner in module.named_modules(remove_duplicate=False)
+    }
+
+
+def _is_value(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | tuple)
+
+
+@dataclass
+class _State:
+    """What was seen of the other network when it was last examined, in a form that is quick to compare."""
+
+    changes: int
+    reason: str | None = None
+    holders: list[dict[str, Any]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    hooks: list[dict[int, Any]] = field(default_factory=list)
+    hooked: list[bool] = field(default_factory=list)
+    children: list[dict[str, Any]] = field(default_factory=list)
+    families: list[tuple[Any, ...]] = field(default_factory=list)
+    attentions: list[dict[str, Any]] = field(default_factory=list)
+    processors: list[Any] = field(default_factory=list)
+    weights: list[dict[str, Any]] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
+    dropouts: list[nn.Module] = field(default_factory=list)
+    replaced: list[nn.Module] = field(default_factory=list)
+
+    def fix(self) -> None:
+        self.sizes = list(map(len, self.holders))
+        self.hooked = list(map(bool, self.hooks))
+        self.families = [tuple(children.values()) for children in self.children]
+        self.processors = [held.get("processor") for held in self.attentions]
+        self.addresses = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        try:
+            return list(map(Tensor.data_ptr, map(_weight, self.weights)))
+        except KeyError:
+            return []  # some layer has given its weight up
+
+    def holds(self) -> bool:
+        return (
+            self.changes == _changes
+            and list(map(len, self.holders)) == self.sizes
+            and list(map(bool, self.hooks)) == self.hooked
+            and all(map(_same, map(tuple, map(dict.values, self.children)), self.families))
+            and all(map(operator.is_, [held.get("processor") for held in self.attentions], self.processors))
+            and self._addresses() == self.addresses
+        )
+
+
+_weight = operator.itemgetter("weight")
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return one == other
+
+
+class Shared:
+    """`network`, made on the meta device, with the layers of `original`, of which `known` are the facts.
+
+    Raises InputError if the two have not the same parameters.
+    """
+
+    def __init__(self, original: nn.Module, network: nn.Module, known: Mapping[str, Facts]) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self._known = known
+        self._lock = threading.Lock()
+        self._state = _State(changes=-1)
+        self._inner = list(network.modules())
+        self._places = list(_places(network))
+        self._lenders = [
+            (path, module)
+            for path, module in network.named_modules()
+            if type(module) not in _SHARED and (module._parameters or module._buffers)
+        ]
+        ours = {name: p.shape for name, p in network.named_parameters()}
+        theirs = {
+            f"{path}.{name}" if path else name: shape
+            for path, fact in known.items()
+            for name, shape in fact.shapes.items()
+            if shape is not None
+        }
+        if different := sorted(ours.items() ^ theirs.items()):
+            raise InputError(f"its parameters are not those of fastdiff's network: {different[0][0]}")
+        _watch_changes()
+        self.sync(original)
+
+    def sync(self, original: nn.Module) -> str | None:
+        """Takes over what was exchanged in `original`; why the network cannot stand for it now, or None."""
+        if not self._state.holds():
+            with self._lock:
+                if not self._state.holds():
+                    self._link(original)
+        return self._state.reason
+
+    def requires_grad(self) -> bool:
+        state = self._state
+        layers = chain.from_iterable(held["_parameters"].values() for held in state.holders)
+        others = chain.from_iterable(layer.parameters() for layer in state.replaced)
+        return any(p is not None and p.requires_grad for p in chain(layers, others))
+
+    def drops(self) -> bool:
+        """Whether some dropout would make a call random."""
+        return any(layer.training and layer.p for layer in self._state.dropouts)
+
+    def caches(self) -> Iterator[Cache]:
+        for module in self._inner:
+            yield from (value for value in vars(module).values() if isinstance(value, Cache))
+
+    def copies(self) -> int:
+        """Bytes of the tensors that the network's caches hold and that are not the parameters themselves."""
+        seen = {held["_parameters"]["weight"].untyped_storage().data_ptr() for held in self._weighted()}
+        total = 0
+        for tensor in _tensors([cache.values() for cache in self.caches()]):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+        return total
+
+    def _weighted(self) -> list[dict[str, Any]]:
+        return [held for held in self._state.holders if held["_parameters"].get("weight") is not None]
+
+    def _link(self, original: nn.Module) -> None:
+        state = _State(changes=_changes)
+        state.reason = self._examine(original, "", state)
+        _parents.update(module for module in original.modules() if module._modules)
+        if state.reason is None:
+            for path, name, children in self._places:
+                children[name] = original.get_submodule(path)._modules[name]
+            for path, module in self._lenders:
+                lender = original.get_submodule(path)
+                # The very dictionaries, so that a parameter put into one is in the other.
+                vars(module).update(_parameters=lender._parameters, _buffers=lender._buffers)
+        for cache in self.caches():
+            cache.clear()
+        state.fix()
+        self._state = state
+
+    def _examine(self, module: nn.Module, path: str, state: _State) -> str | None:
+        """Notes a module and what is in it; says what is not as the configuration made it."""
+        known = self._known[path]
+        if type(module) is not known.kind:
+            state.replaced.append(module)
+            return None if known.kind in _LEAVES else f"{path} is a {_name(type(module))}, not a {known.kind.__name__}"
+        held = vars(module)
+        if known.children or path == "":
+            state.children.append(held["_modules"])
+        if path:
+            state.holders.append(held)
+            state.hooks += [held["_forward_hooks"], held["_forward_pre_hooks"]]
+        if isinstance(module, nn.Dropout):
+            state.dropouts.append(module)
+        if known.shapes.get("weight") is not None:
+            state.weights.append(held["_parameters"])
+        if "processor" in held:
+            state.attentions.append(held)
+        reasons = [_difference(module, path, known)] if path else []
+        for name, child in held["_modules"].items():
+            if child is not None:
+                inside = f"{path}.{name}" if path else name
+                if name not in known.children:
+                    reasons.append(f"{inside} ({_name(type(child))}) is not of its configuration")
+                else:
+                    reasons.append(self._examine(child, inside, state))
+        if missing := known.children - {name for name, child in held["_modules"].items() if child is not None}:
+            reasons.append(f"{path}.{min(missing)} is missing")
+        return next(filter(None, reasons), None)
+
+
+def _difference(module: nn.Module, path: str, known: Facts) -> str | None:
+    """What is not as the configuration made it in the module itself."""
+    held = vars(module)
+    if held["_forward_hooks"] or held["_forward_pre_hooks"]:
+        return f"{path} has a forward hook"
+    for name, value in held.items():
+        if name in known.values and name not in _FREE:
+            if not _is_value(value) or value != known.values[name]:
+                return f"{path}.{name} is {value!r}, not {known.values[name]!r}"
+        elif callable(getattr(type(module), name, None)) and not isinstance(value, Forward):
+            return f"{path}.{name} was replaced"
+    processor = held.get("processor")
+    if processor is not None and not _is_library_processor(processor):
+        return f"{path} has the attention processor {_name(type(processor))}"
+    shapes = {name: None if p is None else p.shape for name, p in held["_parameters"].items()}
+    if shapes != known.shapes:
+        return f"{path} has the parameters {shapes}, not {dict(known.shapes)}"
+    return None
+
+
+def _is_library_processor(processor: Any) -> bool:
+    kind = type(processor)
+    return kind.__name__ in _PROCESSORS and kind.__module__.startswith("diffusers.")
+
+
+def _places(network: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(path of the parent, name, the parent's children) of each layer that an object of the original replaces."""
+    for path, parent in network.named_modules():
+        for name, child in parent._modules.items():
+            if type(child) in _SHARED:
+                yield path, name, parent._modules
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
