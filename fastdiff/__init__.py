@@ -7,6 +7,7 @@ from fastdiff.engine.guidance import Guidance
 from fastdiff.engine.run import run
 from fastdiff.engine.sample import sample
 from fastdiff.errors import BackendError, CheckpointError, InputError
+from fastdiff.integrations.accelerate import accelerate, restore
 from fastdiff.integrations.patch import SchedulerPatch, patch_scheduler, unpatch_scheduler
 from fastdiff.models.loading import load_model
 from fastdiff.ops import explain, report
@@ -20,6 +21,7 @@ __all__ = [
     "Guidance",
     "InputError",
     "SchedulerPatch",
+    "accelerate",
     "engine",
     "explain",
     "load_model",
@@ -27,6 +29,7 @@ __all__ = [
     "ops",
     "patch_scheduler",
     "report",
+    "restore",
     "run",
     "run_adaptive",
     "sample",

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.convert import Left, converter
+from fastdiff.models.convert import Call, Left, check, converter
+from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.models.sharing import Facts, Shared, facts
 from fastdiff.ops import networks
-
-_SLOTS = ("forward", "_old_forward")
-"""Where a module's own forward is looked up; the second is where the library's hooks keep it."""
 
 
 class Conversion:
@@ -47,8 +46,7 @@ class Conversion:
         self._ready(module)
         for path in self._calls(module):
             owner = module.get_submodule(path)
-            slot = "_old_forward" if "_old_forward" in vars(owner) else "forward"
-            setattr(owner, slot, Entry(self, owner, path))
+            Entry(owner, self, path).install()
         networks.watch(self)
 
     @property
@@ -92,7 +90,9 @@ class Conversion:
             raise Left(None)
         if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
             raise Left("autocast is on")
-        return self._calls(module)[path](shared.network, module, *args, **kwargs)
+        run = self._calls(module)[path]
+        check(_takes(run, args, kwargs))
+        return run(shared.network, module, *args, **kwargs)
 
     def leave(self, reason: str | None) -> None:
         """Notes that a call was the library's own, and warns of each reason once."""
@@ -144,70 +144,42 @@ class Conversion:
         networks.watch(self)
 
 
-class Entry:
-    """The `forward` of a converted module, or of a module inside it: an attribute of the object, not of its class."""
+class Entry(Forward):
+    """The forward of a converted module, or of a module inside it."""
 
-    fastdiff_conversion: Conversion
-
-    def __init__(self, conversion: Conversion, owner: nn.Module, path: str) -> None:
-        self.fastdiff_conversion, self._path = conversion, path
-        self._owner = weakref.ref(owner)
-        self.__signature__ = inspect.signature(self.original)
+    def __init__(self, owner: nn.Module, conversion: Conversion, path: str) -> None:
+        super().__init__(owner)
+        self._conversion, self._path = conversion, path
 
     @property
-    def original(self) -> Any:
-        """The library's own forward."""
-        owner = self._owner()
-        if owner is None:
-            raise ReferenceError("fastdiff: this is the forward of a network that is there no more")
-        return types.MethodType(type(owner).forward, owner)
+    def conversion(self) -> Conversion:
+        return self._conversion
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.original(*args, **kwargs)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return self.fastdiff_conversion.call(self._path, args, kwargs)
+            return self._conversion.call(self._path, args, kwargs)
         except Left as left:
-            self.fastdiff_conversion.leave(left.reason)
+            self._conversion.leave(left.reason)
         return self.original(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
+    def undo(self) -> None:
+        self._conversion.enabled = False
+        networks.forget(self._conversion)
 
-        owner, module = self._owner(), self.fastdiff_conversion.module()
-        copied = memo.get(id(owner), owner)
-        if id(module) not in memo:
+    def copied(self, owner: nn.Module, memo: dict[int, Any]) -> Any:
+        if id(self._conversion.module()) not in memo:
             # The part is copied without the whole.
-            return types.MethodType(type(owner).forward, copied)
-        return Entry(copy.deepcopy(self.fastdiff_conversion, memo), copied, self._path)
+            return types.MethodType(type(owner).forward, owner)
+        return Entry(owner, copy.deepcopy(self._conversion, memo), self._path)
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.fastdiff_conversion, self._owner(), self._path
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def arguments(self) -> tuple[Any, ...]:
+        return self._conversion, self._path
 
 
 def entry(module: nn.Module) -> Entry | None:
-    """Our forward of a module, if it has one."""
-    return next((value for slot in _SLOTS if isinstance(value := vars(module).get(slot), Entry)), None)
-
-
-def remove(module: nn.Module) -> bool:
-    """Gives a module and those inside it their own forwards back; whether there was something to undo."""
-    found = False
-    for inner in module.modules():
-        for slot in _SLOTS:
-            value = vars(inner).get(slot)
-            if isinstance(value, Entry):
-                found = True
-                value.fastdiff_conversion.enabled = False
-                networks.forget(value.fastdiff_conversion)
-                if slot == "forward":
-                    delattr(inner, slot)
-                else:
-                    setattr(inner, slot, types.MethodType(type(inner).forward, inner))
-    return found
+    """Our forward of a converted module."""
+    found = forward(module)
+    return found if isinstance(found, Entry) else None
 
 
 def _made_anew(module: nn.Module) -> dict[str, Facts]:
@@ -218,15 +190,22 @@ def _made_anew(module: nn.Module) -> dict[str, Facts]:
         return facts(type(module)(**config))
 
 
+def _takes(run: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments are some that it knows, and all that it needs."""
+    names, needed = _parameters(run)
+    given = {*names[: len(args)], *kwargs}
+    return len(given) == len(args) + len(kwargs) and needed <= given <= {*names}
+
+
+@cache
+def _parameters(run: Call) -> tuple[tuple[str, ...], frozenset[str]]:
+    known = list(inspect.signature(run).parameters.values())[2:]
+    return tuple(p.name for p in known), frozenset(p.name for p in known if p.default is p.empty)
+
+
 def _require_grad(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.requires_grad
     if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return False
-    return any(map(_require_grad, _as_iterable(value)))
-
-
-def _as_iterable(value: Any) -> Iterable[Any]:
-    return value
+        return any(map(_require_grad, value.values()))
+    return isinstance(value, tuple | list) and any(map(_require_grad, value))

@@ -25,8 +25,9 @@ class Left(Exception):
 
 
 Call = Callable[..., Any]
-"""call(network, module, *args, **kwargs): what a forward of the library's gives for these arguments. Raises Left, before
-anything has been computed, for arguments that the network does not take."""
+"""call(network, module, *args, **kwargs): what a forward of the library's gives for these arguments.
+
+Raises Left, before anything has been computed, for arguments that the network does not take."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from torch.nn.modules import module as torch_module
 
 from fastdiff.errors import InputError
 from fastdiff.models.caches import Cache
+from fastdiff.models.forward import Forward
 
 _LEAVES = (nn.Linear, nn.Conv2d)
 """Other code may put layers of its own in their place; ours call whatever lies there."""
 _SHARED = (*_LEAVES, nn.LayerNorm, nn.Embedding)
-"""The other network's objects take the place of ours. Of every other module of ours only the parameters are exchanged."""
+"""The other network's objects take the place of ours. Other modules of ours only read the other's parameters."""
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 """Ways of computing one and the same attention."""
 _FREE = frozenset({"training", "gradient_checkpointing", "sliceable_head_dim"})
@@ -249,7 +250,7 @@ def _difference(module: nn.Module, path: str, known: Facts) -> str | None:
         if name in known.values and name not in _FREE:
             if not _is_value(value) or value != known.values[name]:
                 return f"{path}.{name} is {value!r}, not {known.values[name]!r}"
-        elif callable(getattr(type(module), name, None)) and not hasattr(value, "fastdiff_conversion"):
+        elif callable(getattr(type(module), name, None)) and not isinstance(value, Forward):
             return f"{path}.{name} was replaced"
     processor = held.get("processor")
     if processor is not None and not _is_library_processor(processor):

@@ -1,0 +1,176 @@
+"""`accelerate` and `restore`: other people's networks on fastdiff's own, and back."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fastdiff.errors import InputError
+from fastdiff.integrations.patch import patch_scheduler, unpatch_scheduler
+from fastdiff.models.conversion import Conversion, entry
+from fastdiff.models.convert import converter
+from fastdiff.models.forward import Forward, foreign, forward, remove
+from fastdiff.models.fusing import replacement
+from fastdiff.models.loading import Model
+from fastdiff.models.rewrites import Rewrites
+from fastdiff.ops import networks
+
+__all__ = ["accelerate", "restore"]
+
+Target = TypeVar("Target")
+
+_patched: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The schedulers that `accelerate` has put into pipelines."""
+
+
+@dataclass
+class _Plan:
+    """What is to be done: new conversions, old ones that get other rewrites, single forwards; and what is left, why."""
+
+    new: list[Conversion] = field(default_factory=list)
+    old: list[Conversion] = field(default_factory=list)
+    forwards: list[Forward] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def count(self) -> int:
+        return len(self.new) + len(self.old) + len(self.forwards)
+
+
+def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = None, strict: bool = False) -> Target:
+    """The same object, whose networks compute the same function in fewer and larger steps; in place.
+
+    target     a pipeline of diffusers (each of its networks, and its scheduler as `patch_scheduler` does); a
+               UNet2DModel, UNet2DConditionModel, AutoencoderKL, ControlNetModel or DiTTransformer2DModel of diffusers;
+               a network of fastdiff's; or any module, in which such networks are found, and every nn.Sequential where
+               a GroupNorm and a SiLU follow each other
+    rewrites   names out of `fastdiff.models.rewrites.Rewrites`, all for None
+    strict     raise an error, and change nothing, if something would be left as it is
+
+    Parameters, state dict, configuration and signature stay the network's own: moving it, loading into it, LoRA through
+    PEFT, copies and pickles go on as before and take effect in the next call. A change that leaves no trace, such as
+    writing to `weight.data[...]` or `weight.data.add_(...)` from outside PEFT, is taken up after another `accelerate`.
+    Calls that fastdiff's network does not take (some arguments, attention processors, hooks inside, autocast,
+    gradients) run on the library's code; all but gradients and training are warned of once and listed in
+    `fastdiff.report()`. What `torch.compile` or `torch.jit.trace` sees is the library's code too. Several threads may
+    call one network.
+
+    Errors: InputError for a target that has no network, for an unknown rewrite, and as `strict` says.
+    """
+    chosen = Rewrites.parse(rewrites)
+    if isinstance(target, Model) or _is_ours(target):
+        (target.network if isinstance(target, Model) else target).rewrites = chosen  # type: ignore[attr-defined]
+        return target
+    plan = _Plan()
+    for name, network in _networks("accelerate", target):
+        _add(plan, name, network, chosen)
+    if strict and plan.left:
+        raise InputError(f"accelerate: strict=True, and {_sentence(plan.left)}")
+    if chosen.sampler_step:
+        _patch(target, strict=strict)
+    for conversion in plan.new:
+        conversion.install()
+    for conversion in plan.old:
+        conversion.refresh(chosen)
+    for each in plan.forwards:
+        each.install()
+    for name, reason in plan.left:
+        networks.leave(name, reason, calls=0)
+        warnings.warn(f"fastdiff: {name} runs as before: {reason}", stacklevel=2)
+    return target
+
+
+def restore(target: Target) -> Target:
+    """The same object with its own forwards and, in a pipeline, diffusers' own scheduler: `accelerate` undone.
+
+    What is not accelerated is left alone. Errors: InputError for a target that has no network.
+    """
+    if isinstance(target, Model) or _is_ours(target):
+        return accelerate(target)
+    for _, network in _networks("restore", target):
+        remove(network)
+    if any(scheduler in _patched for scheduler in _schedulers(target)):
+        unpatch_scheduler(target)
+    return target
+
+
+def _is_ours(target: Any) -> bool:
+    return isinstance(target, nn.Module) and isinstance(getattr(target, "rewrites", None), Rewrites)
+
+
+def _networks(caller: str, target: Any) -> list[tuple[str, nn.Module]]:
+    """(name, module) of what is to be looked at: the module itself, or those of a pipeline but its text encoders."""
+    if isinstance(target, nn.Module):
+        return [("", target)]
+    parts = getattr(target, "components", None)
+    if not isinstance(parts, Mapping):
+        raise InputError(
+            f"{caller}: target is a {type(target).__name__}: expected a pipeline of diffusers or a torch.nn.Module"
+        )
+    found = [(name, part) for name, part in parts.items() if isinstance(part, nn.Module) and not _is_encoder(part)]
+    if not found:
+        raise InputError(f"{caller}: target is a {type(target).__name__} without a network; load its components first")
+    return found
+
+
+def _is_encoder(module: nn.Module) -> bool:
+    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+
+
+def _add(plan: _Plan, name: str, network: nn.Module, rewrites: Rewrites) -> None:
+    before = plan.count() + len(plan.left)
+    _walk(plan, name, network, rewrites)
+    if plan.count() + len(plan.left) == before:
+        plan.left.append((_title(name, network), f"fastdiff has no network for {type(network).__name__}"))
+
+
+def _walk(plan: _Plan, name: str, module: nn.Module, rewrites: Rewrites) -> None:
+    if converter(module) is not None:
+        _convert(plan, name, module, rewrites)
+        return
+    kind = replacement(module)
+    if kind is not None and (foreign(module) is None):
+        plan.forwards.append(forward(module) or kind(module))
+    for key, child in module.named_children():
+        _walk(plan, f"{name}.{key}" if name else key, child, rewrites)
+
+
+def _convert(plan: _Plan, name: str, module: nn.Module, rewrites: Rewrites) -> None:
+    title = _title(name, module)
+    present = entry(module)
+    conversion = Conversion(module, title, rewrites) if present is None else present.conversion
+    reason = foreign(module)
+    if reason is None:
+        try:
+            reason = conversion.obstacle()
+        except InputError as error:
+            plan.left.append((title, str(error)))
+            return
+        # What stands in the way now may go away.
+        (plan.new if present is None else plan.old).append(conversion)
+    if reason is not None:
+        plan.left.append((title, reason))
+
+
+def _title(name: str, module: nn.Module) -> str:
+    return f"{name} ({type(module).__name__})" if name else type(module).__name__
+
+
+def _sentence(left: list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name} would run as before: {reason}" for name, reason in left)
+
+
+def _schedulers(target: Any) -> list[Any]:
+    if isinstance(target, nn.Module):
+        return []
+    return [part for part in target.components.values() if hasattr(part, "set_timesteps")]
+
+
+def _patch(target: Any, *, strict: bool) -> None:
+    if _schedulers(target):
+        patch_scheduler(target, strict=strict)
+        _patched.update(_schedulers(target))
