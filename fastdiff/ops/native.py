@@ -105,4 +105,5 @@ BACKENDS: dict[str, Backend] = {
     "guidance_weights": _Native("guidance_weights", 1),
     "dynamic_threshold": _Native("dynamic_threshold", 2, sample_size(2**32 - 1)),
     "langevin_step_size": _Native("langevin_step_size", 2, noise_dtype),
+    "upsample_conv": _Native("upsample_conv", 2),
 }

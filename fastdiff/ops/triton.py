@@ -65,6 +65,11 @@ def _attention_cedes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     return q.dtype == torch.float32 or (q.shape[-1] in _PYTORCH_HEAD_DIMS and k.shape[2] > _FEW_KEYS)
 
 
+def _upsample_conv_cedes(x: Tensor, *_: Any) -> bool:
+    """float32 products run on no tensor core of ours; cuDNN has kernels for them."""
+    return x.dtype == torch.float32
+
+
 BACKENDS: dict[str, Backend] = {
     "sampler_step": _Triton("sampler_step", 2),
     "add_noise": _Triton("add_noise", 1),
@@ -74,4 +79,5 @@ BACKENDS: dict[str, Backend] = {
     "guidance_weights": _Triton("guidance_weights", 1),
     "dynamic_threshold": _Triton("dynamic_threshold", 2, sample_size(2**30)),
     "langevin_step_size": _Triton("langevin_step_size", 2, noise_dtype),
+    "upsample_conv": _Triton("upsample_conv", 2, cedes=_upsample_conv_cedes),
 }
