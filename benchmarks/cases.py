@@ -40,6 +40,7 @@ PREPASSES = (
     ("dynamic_threshold", "quantile"),
     *(("langevin_step_size", noise) for noise in NOISE),
 )
+UPSAMPLED = ((1, 64, 32, 32), (2, 640, 16, 16), (1, 256, 64, 64))
 NORMALS = ((1, 4, 64, 64), (8, 4, 128, 128))
 SCHEDULERS = (
     *("ddim", "ddpm", "euler", "euler_ancestral", "flow_euler", "heun", "lms", "pndm", "ipndm"),
@@ -73,6 +74,12 @@ CASES = (
         Case(operator, variant, shape, dtype, quick=(shape, dtype) == (SAMPLES[1], "float32"))
         for operator, variant in PREPASSES
         for shape in SAMPLES
+        for dtype in DTYPES
+    ),
+    *(
+        Case("upsample_conv", layout, shape, dtype, quick=(shape, dtype) == (UPSAMPLED[0], "bfloat16"))
+        for shape in UPSAMPLED
+        for layout in LAYOUTS
         for dtype in DTYPES
     ),
     *(Case("torch_normal", "fill", shape, dtype) for shape in NORMALS for dtype in DTYPES),

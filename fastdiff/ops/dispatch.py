@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,15 +54,21 @@ class Report:
     """What ran since the process started (or the last `report(reset=True)`).
 
     calls: {(operator, backend): number of calls}; fallbacks: {(operator, backend passed over): reason}, for calls that
-    ended on the reference.
+    ended on the reference. arenas: memory that networks hand on from call to call.
     """
 
     calls: dict[tuple[str, str], int]
     fallbacks: dict[tuple[str, str], str]
+    arenas: native.Arenas = field(default_factory=native.Arenas)
 
     def __str__(self) -> str:
         lines = [f"{operator}: {backend} x {count}" for (operator, backend), count in sorted(self.calls.items())]
         lines += [f"{operator}: not {backend}: {reason}" for (operator, backend), reason in self.fallbacks.items()]
+        use = self.arenas
+        if use.hits or use.misses:
+            lines.append(
+                f"arenas: {use.bytes} bytes held, {use.misses} blocks from the system, {use.hits} handed out again"
+            )
         return "\n".join(lines) or "no operator has run"
 
 
@@ -71,7 +77,7 @@ def report(*, reset: bool = False) -> Report:
     with _lock:
         if plain := native.take_plain_steps():
             _used["sampler_step", "native"] += plain
-        result = Report(dict(_used), dict(_fallbacks))
+        result = Report(dict(_used), dict(_fallbacks), native.arenas(reset=reset))
         if reset:
             _used.clear()
             _fallbacks.clear()
