@@ -41,6 +41,7 @@ PREPASSES = (
     ("dynamic_threshold", "quantile"),
     *(("langevin_step_size", noise) for noise in NOISE),
 )
+UPSAMPLED = ((1, 64, 32, 32), (2, 640, 16, 16), (1, 256, 64, 64))
 NORMALS = ((1, 4, 64, 64), (8, 4, 128, 128))
 GATED = ((2, 4096, 2560), (2, 256, 10240))
 TOKENS = {"residual": ((2, 4096, 320), (2, 1024, 640)), "modulated": ((2, 256, 1152),)}
@@ -93,6 +94,12 @@ CASES = (
         Case("layer_norm_modulate", kind, shape, dtype, quick=(shape, dtype) == (shapes[-1], "float32"))
         for kind, shapes in TOKENS.items()
         for shape in shapes
+        for dtype in DTYPES
+    ),
+    *(
+        Case("upsample_conv", layout, shape, dtype, quick=(shape, dtype) == (UPSAMPLED[0], "bfloat16"))
+        for shape in UPSAMPLED
+        for layout in LAYOUTS
         for dtype in DTYPES
     ),
     *(Case("torch_normal", "fill", shape, dtype) for shape in NORMALS for dtype in DTYPES),

@@ -156,6 +156,30 @@ def guidance_weights(case: Case, device: torch.device) -> Work:
     )
 
 
+def upsample_conv(case: Case, device: torch.device) -> Work:
+    """As many channels out as in, the convolution's weight in x's layout."""
+    dtype = getattr(torch, case.dtype)
+    layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[case.variant]
+    batch, channels, height, width = case.shape
+    x = normal(*case.shape, seed=0, dtype=dtype, device=device).contiguous(memory_format=layout)
+    weight = normal(channels, channels, 3, 3, seed=1, dtype=torch.float32, device=device) / (3 * channels**0.5)
+    weight, bias = weight.to(dtype, memory_format=layout), normal(channels, seed=2, dtype=dtype, device=device)
+    folded = ops.fold_upsample(weight)
+
+    def pytorch() -> Tensor:
+        return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+    up = F.interpolate(x.double(), scale_factor=2.0, mode="nearest")
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=lambda: ops.upsample_conv(x, folded, bias),
+        truth=F.conv2d(up, weight.double(), bias.double(), padding=1),
+        plain=pytorch(),
+        traffic=5 * size(x) + size(folded),
+        flops=2 * 16 * batch * height * width * channels**2,
+    )
+
+
 def _inside(samples: Tensor) -> tuple[int, ...]:
     """The dimensions of one sample."""
     return tuple(range(1, samples.dim()))
@@ -247,5 +271,6 @@ BUILDERS: dict[str, Callable[[Case, torch.device], Work]] = {
     "langevin_step_size": langevin_step_size,
     "geglu": network.geglu,
     "layer_norm_modulate": network.layer_norm_modulate,
+    "upsample_conv": upsample_conv,
     "torch_normal": torch_normal,
 }

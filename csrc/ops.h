@@ -136,6 +136,15 @@ struct LayerNormArgs {
   int threads;
 };
 
+// The four phases of an upsampling convolution into their pixels: to[n, o, 2i + a, 2j + b] =
+// from[n, (2a + b) * channels + o, i + a, j + b].
+struct UpsampleArgs {
+  int64_t samples, channels, height, width;  // the height and width of the map before
+  Array from, to;                            // of one type
+  int64_t from_strides[4], to_strides[4];    // sample, channel, row, column
+  int threads;
+};
+
 namespace cpu {
 
 #ifdef FASTDIFF_X86
@@ -159,6 +168,7 @@ namespace cpu {
   void langevin_step_size(const StepSizeArgs& args);  \
   void geglu(const GegluArgs& args);                  \
   void layer_norm_modulate(const LayerNormArgs& args); \
+  void upsample_conv(const UpsampleArgs& args);       \
   }
 FASTDIFF_CAPABILITIES(FASTDIFF_DECLARE)
 #undef FASTDIFF_DECLARE

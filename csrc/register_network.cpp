@@ -136,6 +136,28 @@ std::tuple<Tensor, Tensor> layer_norm_modulate(const Tensor& input, const Option
   return {y, sum};
 }
 
+// The convolution is PyTorch's; ours is to put its phases in place.
+Tensor upsample_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor x = dense(input);
+  const OptionalTensor each = bias ? OptionalTensor(bias->repeat({4})) : bias;
+  const Tensor phases = at::conv2d(x, weight, each, /*stride=*/1, /*padding=*/1);
+  const Tensor out = at::empty({x.size(0), weight.size(0) / 4, 2 * x.size(2), 2 * x.size(3)}, x.options(), layout_of(x));
+  UpsampleArgs args{};
+  args.samples = x.size(0);
+  args.channels = out.size(1);
+  args.height = x.size(2);
+  args.width = x.size(3);
+  args.from = array(phases);
+  args.to = array(out);
+  for (int d = 0; d < 4; ++d) {
+    args.from_strides[d] = phases.stride(d);
+    args.to_strides[d] = out.stride(d);
+  }
+  args.threads = at::get_num_threads();
+  ON_CPU(upsample_conv, args);
+  return out;
+}
+
 }  // namespace
 
 void register_network(py::module_& m) {
@@ -143,6 +165,7 @@ void register_network(py::module_& m) {
   m.def("attention", &attention);
   m.def("geglu", &geglu);
   m.def("layer_norm_modulate", &layer_norm_modulate);
+  m.def("upsample_conv", &upsample_conv);
 }
 
 }  // namespace fastdiff

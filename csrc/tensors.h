@@ -92,5 +92,6 @@ inline void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); 
 void register_steps(py::module_& m);
 void register_noise(py::module_& m);
 void register_network(py::module_& m);
+void register_arena(py::module_& m);
 
 }  // namespace fastdiff

@@ -54,7 +54,7 @@ class Report:
     """What ran since the process started (or the last `report(reset=True)`).
 
     calls: {(operator, backend): number of calls}; fallbacks: {(operator, backend passed over): reason}, for calls that
-    ended on the reference.
+    ended on the reference. arenas: memory that networks hand on from call to call.
 
     networks: {name: bytes of what is kept besides the parameters}, for each network that `accelerate` converted and
     that is still there. left: {(name, reason): calls that ran on the network's own code}, 0 where it was not converted.
@@ -64,6 +64,7 @@ class Report:
     fallbacks: dict[tuple[str, str], str]
     networks: dict[str, int] = field(default_factory=dict)
     left: dict[tuple[str, str], int] = field(default_factory=dict)
+    arenas: native.Arenas = field(default_factory=native.Arenas)
 
     def __str__(self) -> str:
         lines = [f"{operator}: {backend} x {count}" for (operator, backend), count in sorted(self.calls.items())]
@@ -74,6 +75,11 @@ class Report:
             f"{name}: left as it was{f', {calls} calls' if calls else ''}: {reason}"
             for (name, reason), calls in self.left.items()
         ]
+        use = self.arenas
+        if use.hits or use.misses:
+            lines.append(
+                f"arenas: {use.bytes} bytes held, {use.misses} blocks from the system, {use.hits} handed out again"
+            )
         return "\n".join(lines)
 
 
@@ -83,7 +89,7 @@ def report(*, reset: bool = False) -> Report:
     with _lock:
         if plain := native.take_plain_steps():
             _used["sampler_step", "native"] += plain
-        result = Report(dict(_used), dict(_fallbacks), copies, left)
+        result = Report(dict(_used), dict(_fallbacks), copies, left, native.arenas(reset=reset))
         if reset:
             _used.clear()
             _fallbacks.clear()

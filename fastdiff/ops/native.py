@@ -7,6 +7,7 @@ kernel can take.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -57,6 +58,22 @@ def take_plain_steps() -> int:
     """How many calls `plain_step` has taken since this was last asked."""
     module = extension()
     return 0 if isinstance(module, str) else int(module.take_plain_steps())
+
+
+@dataclass(frozen=True)
+class Arenas:
+    """bytes: what all arenas hold now. hits, misses: allocations that were handed a block of theirs, and those for
+    which one was taken from the system, since the process started (or the last `report(reset=True)`)."""
+
+    bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+
+
+def arenas(*, reset: bool = False) -> Arenas:
+    """What `fastdiff.models.arena.Arena` objects have done."""
+    module = extension()
+    return Arenas() if isinstance(module, str) else Arenas(*module.arena_totals(reset))
 
 
 class _Native(KernelBackend):
@@ -111,4 +128,5 @@ BACKENDS: dict[str, Backend] = {
     "langevin_step_size": _Native("langevin_step_size", 2, noise_dtype),
     "geglu": _Native("geglu", 1),
     "layer_norm_modulate": _Native("layer_norm_modulate", 1),
+    "upsample_conv": _Native("upsample_conv", 2),
 }

@@ -137,12 +137,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    h, w = x.shape[2:]
     each = None if bias is None else wide(bias).repeat(4)
-    y = F.conv2d(wide(x), wide(weight), each, padding=1).unflatten(1, (2, 2, -1))
-    rows = [torch.stack([y[:, a, b, :, a : a + h, b : b + w] for b in range(2)], dim=-1) for a in range(2)]
-    out = torch.stack(rows, dim=-3).flatten(-2).flatten(-3, -2)
-    return out.to(x.dtype).contiguous(memory_format=memory_format(x))
+    return interleave_phases(F.conv2d(wide(x), wide(weight), each, padding=1), x)
+
+
+def interleave_phases(phases: Tensor, x: Tensor) -> Tensor:
+    """y[n, o, 2i + a, 2j + b] = phases[n, (2a + b) * C + o, i + a, j + b], in the dtype and layout of the x before."""
+    n, channels, (h, w) = len(x), phases.shape[1] // 4, x.shape[2:]
+    shape = (n, channels, 2 * h, 2 * w)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    for a in range(2):
+        for b in range(2):
+            first = (2 * a + b) * channels
+            y[:, :, a::2, b::2] = phases[:, first : first + channels, a : a + h, b : b + w]
+    return y
 
 
 def sampler_step(

@@ -136,7 +136,7 @@ def _fake_sampler_step(x: Tensor, model_output: Tensor, *args: Any) -> tuple[Ten
 
 def _fake_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = (x.shape[0], weight.shape[0] // 4, 2 * x.shape[2], 2 * x.shape[3])
-    return x.new_empty(shape).to(memory_format=memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _fake_guidance_weights(model_output: Tensor, weights: Tensor, *_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backends that are a library's own kernel: PyTorch's fused attention, for the shapes where it is the fastest."""
+"""Backends that are a library's own kernels: PyTorch's attention and convolutions, where those are the fastest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.ops.reference import interleave_phases
 from fastdiff.ops.registry import Backend
 
 
@@ -33,4 +34,21 @@ class _Attention:
         return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-BACKENDS: dict[str, Backend] = {"attention": _Attention()}
+class _UpsampleConv:
+    name = "torch"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def supports(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+        return None
+
+    def cedes(self, *args: object) -> bool:
+        return False
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        each = None if bias is None else bias.repeat(4)
+        return interleave_phases(F.conv2d(x, weight, each, padding=1), x)
+
+
+BACKENDS: dict[str, Backend] = {"attention": _Attention(), "upsample_conv": _UpsampleConv()}

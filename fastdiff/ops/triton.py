@@ -75,6 +75,11 @@ def _layer_norm_limits(x: Tensor, *_: Any) -> str | None:
     return None
 
 
+def _upsample_conv_cedes(x: Tensor, *_: Any) -> bool:
+    """float32 products run on no tensor core of ours; cuDNN has kernels for them."""
+    return x.dtype == torch.float32
+
+
 BACKENDS: dict[str, Backend] = {
     "sampler_step": _Triton("sampler_step", 2),
     "add_noise": _Triton("add_noise", 1),
@@ -86,4 +91,5 @@ BACKENDS: dict[str, Backend] = {
     "langevin_step_size": _Triton("langevin_step_size", 2, noise_dtype),
     "geglu": _Triton("geglu", 1),
     "layer_norm_modulate": _Triton("layer_norm_modulate", 1, _layer_norm_limits),
+    "upsample_conv": _Triton("upsample_conv", 2, cedes=_upsample_conv_cedes),
 }
