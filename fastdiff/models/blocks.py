@@ -86,7 +86,7 @@ class ResnetBlock(nn.Module):
 
     def folds_bias(self, context: Context) -> bool:
         """Whether conv1's bias is added where norm2 reads."""
-        return context.rewrites.folded_bias and self.conv1.bias is not None and is_plain(self.conv1)
+        return context.rewrites.folded_bias and is_plain(self.conv1) and self.conv1.bias is not None
 
     def _splits(self, x: Tensor, skip: Tensor, context: Context) -> bool:
         """Whether x and skip stay apart: norm1 reads both, the shortcut is the sum of two products."""
