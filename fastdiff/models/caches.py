@@ -64,7 +64,7 @@ class Cache:
             self._entries.clear()
 
     def __reduce__(self) -> tuple[type[Cache], tuple[int]]:
-        return Cache, (self._size,)
+        return type(self), (self._size,)
 
 
 @dataclass(frozen=True)
