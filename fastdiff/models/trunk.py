@@ -13,20 +13,25 @@ from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
 from fastdiff.models.attention import SpatialAttention, Transformer
 from fastdiff.models.blocks import Downsample, DownStage, MidStage, ResnetBlock, ResnetSettings
+from fastdiff.models.context import Context
 from fastdiff.models.embeddings import ACTIVATIONS, EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids
+from fastdiff.models.maps import Map
 from fastdiff.models.rewrites import Rewrites
 
 __all__ = ["Trunk", "as_bias"]
 
 
 class Trunk(nn.Module):
-    """conv_in, the embeddings, down_blocks and mid_block of a complete configuration of `fastdiff.models.config`."""
+    """conv_in, the embeddings, down_blocks and mid_block of a complete configuration.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    c: that configuration as `fastdiff.models.config.per_stage` gives it, for a U-Net with the same blocks.
+    """
+
+    def __init__(self, config: dict[str, Any], c: SimpleNamespace) -> None:
         super().__init__()
-        self.config = dict(config)
+        self.config = config
         self.rewrites = Rewrites()
-        self._c = c = configuration.per_stage(self.config)
+        self._c = c
         time_channels = self._add_embeddings(c)
         self._resnet = ResnetSettings(
             time_channels=2 * time_channels if c.class_embeddings_concat else time_channels,
@@ -40,17 +45,25 @@ class Trunk(nn.Module):
         self.down_blocks = nn.ModuleList(self._down_stage(c, stage) for stage in range(len(c.block_out_channels)))
         self.mid_block = None if c.mid_block_type is None else self._mid_stage(c, last)
 
+    def _descend(self, x: Map, context: Context) -> tuple[Map, list[Map]]:
+        """The middle block's output for that of conv_in, and the maps to be stored: x and every layer's output."""
+        skips = [x]
+        for block in self.down_blocks:
+            x, outputs = block(x, context)
+            skips += outputs
+        return (x if self.mid_block is None else self.mid_block(x, context)), skips
+
     def _check_input(self, sample: Tensor, timestep: Tensor | float | int, tokens: Tensor | None) -> Tensor:
         """The times (N,), after the checks that need no look at the data."""
-        channels = self._c.in_channels
+        name, channels = type(self).__name__, self._c.in_channels
         if sample.dim() != 4 or sample.shape[1] != channels:
-            raise InputError(f"UNet: sample has shape {tuple(sample.shape)}; expected (N, {channels}, H, W)")
+            raise InputError(f"{name}: sample has shape {tuple(sample.shape)}; expected (N, {channels}, H, W)")
         if self._c.crossed and (tokens is None or tokens.dim() != 3 or len(tokens) != len(sample)):
             got = None if tokens is None else tuple(tokens.shape)
-            raise InputError(f"UNet: encoder_hidden_states is {got}; this network needs ({len(sample)}, S, channels)")
+            raise InputError(f"{name}: encoder_hidden_states is {got}; this network needs ({len(sample)}, S, channels)")
         t = torch.as_tensor(timestep, device=sample.device)
         if t.dim() > 1 or t.numel() not in (1, len(sample)):
-            raise InputError(f"UNet: timestep has shape {tuple(t.shape)}; expected a number or ({len(sample)},)")
+            raise InputError(f"{name}: timestep has shape {tuple(t.shape)}; expected a number or ({len(sample)},)")
         return t.expand(len(sample))
 
     def _add_embeddings(self, c: SimpleNamespace) -> int:
@@ -87,7 +100,9 @@ class Trunk(nn.Module):
         if (class_labels is None) != (self.class_embedding is None):
             have = "none" if self.class_embedding is None else "class embeddings"
             got = "None" if class_labels is None else f"shape {tuple(class_labels.shape)}"
-            raise InputError(f"UNet: class_labels is {got}, but this network has {have}; see num_class_embeds")
+            raise InputError(
+                f"{type(self).__name__}: class_labels is {got}, but this network has {have}; see num_class_embeds"
+            )
         if class_labels is not None and self.class_embedding is not None:
             if self._c.class_embed_type == "timestep":
                 class_labels = self.time_proj(class_labels).to(dtype)
@@ -97,7 +112,9 @@ class Trunk(nn.Module):
         if self._c.addition_embed_type is not None:
             for name in ("text_embeds", "time_ids"):
                 if name not in added:
-                    raise InputError(f"UNet: added_cond_kwargs has no {name!r}; addition_embed_type needs it")
+                    raise InputError(
+                        f"{type(self).__name__}: added_cond_kwargs has no {name!r}; addition_embed_type needs it"
+                    )
             sizes = self.add_time_proj(added["time_ids"].flatten()).reshape(len(t), -1)
             both = torch.cat([added["text_embeds"], sizes.to(added["text_embeds"].dtype)], dim=-1)
             embedding = embedding + self.add_embedding(both.to(dtype))

@@ -14,6 +14,7 @@ from fastdiff.models import config as configuration
 from fastdiff.models.blocks import ResnetBlock, Upsample, UpStage
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Map, normed, total
+from fastdiff.models.trunk import Trunk, as_bias
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
 
@@ -30,8 +31,9 @@ class UNet(Trunk):
     """
 
     def __init__(self, **config: Any) -> None:
-        super().__init__(configuration.complete(config))
-        c = self._c
+        whole = configuration.complete(config)
+        c = configuration.per_stage(whole)
+        super().__init__(whole, c)
         first = c.block_out_channels[0]
         self.up_blocks = nn.ModuleList(self._up_stage(c, stage) for stage in range(len(c.block_out_channels)))
         self._up_layers = [layers + 1 for layers in reversed(c.layers_per_block)]
@@ -69,20 +71,15 @@ class UNet(Trunk):
             # Every residual block begins its time projection with this activation: once is enough.
             time=F.silu(embedding),
             tokens=encoder_hidden_states,
-            mask=_as_bias(attention_mask, sample),
-            token_mask=_as_bias(encoder_attention_mask, sample),
+            mask=as_bias(attention_mask, sample),
+            token_mask=as_bias(encoder_attention_mask, sample),
         )
 
         layout = memory_format(sample)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
         x: Map = self.conv_in(2 * sample - 1 if self._c.center_input_sample else sample)
-        skips = [x]
-        for block in self.down_blocks:
-            x, outputs = block(x, context)
-            skips += outputs
-        if self.mid_block is not None:
-            x = self.mid_block(x, context)
+        x, skips = self._descend(x, context)
         if down_block_additional_residuals is not None:
             skips = [total(skip) + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
         if mid_block_additional_residual is not None:
