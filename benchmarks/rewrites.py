@@ -152,7 +152,9 @@ def markdown(found: Sequence[Mapping[str, str]]) -> str:
         idle = []
         for row in (row for row in found if row["network"] == title):
             numbers = (row["launches"], f"{int(row['flops']) / 1e9:.1f}", f"{int(row['bytes']) / 1e9:.2f}")
-            label = {"diffusers": "diffusers", "none": "fastdiff, no rewrite"}.get(row["rewrite"], f"`{row['rewrite']}`")
+            label = {"diffusers": "diffusers", "none": "fastdiff, no rewrite"}.get(
+                row["rewrite"], f"`{row['rewrite']}`"
+            )
             if numbers == before and row["rewrite"] not in ("diffusers", "none"):
                 idle.append(label)
             else:

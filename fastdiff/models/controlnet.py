@@ -175,7 +175,8 @@ class ControlNet(Trunk):
 
 
 class ConditionEmbedding(nn.Module):
-    """Convolutions with SiLU between them: (N, in_channels, H, W) -> (N, channels, H', W'), halved len(sizes) - 1 times.
+    """Convolutions with SiLU between them: (N, in_channels, H, W) -> (N, channels, H', W'), each side halved
+    len(sizes) - 1 times.
 
     Source: Zhang et al. 2023, section 3.2.
     """

@@ -9,16 +9,24 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from inputs import normal
 from tolerance import assert_close_to_truth, relative_error
 from torch import Tensor, nn
 
 from fastdiff import InputError
 from fastdiff.models.dit import DiT
+from fastdiff.models.patches import positions
 from fastdiff.models.rewrites import Rewrites, names
 from fastdiff.models.runs import locate
 
-SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 10}
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 10,
+}
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "small": (SMALL, (2, 4, 8, 8)),
     "one sample, larger": (SMALL, (1, 4, 12, 12)),
@@ -59,7 +67,11 @@ def ours(name: str, dtype: torch.dtype = torch.float32, **rewrites: Any) -> DiT:
 
 def inputs(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     shape = CASES[name][1]
-    return normal(*shape, dtype=torch.float32).to(dtype), TIMES[: shape[0]].clone(), torch.tensor([10, 3, 0])[: shape[0]]
+    return (
+        normal(*shape, dtype=torch.float32).to(dtype),
+        TIMES[: shape[0]].clone(),
+        torch.tensor([10, 3, 0])[: shape[0]],
+    )
 
 
 @cache
@@ -93,13 +105,14 @@ def test_each_rewrite_preserves_the_output(name, off):
     assert_close_to_truth(actual, theirs(name, torch.float64), theirs(name, torch.float32))
 
 
-def test_rectangles_have_their_own_positions():
-    """A map of one repeated column comes out with differences along its own axis where the positions say so."""
-    network = ours("small", torch.float64)
-    x, t, labels = normal(1, 4, 8, 12, dtype=torch.float64), torch.tensor([5]), torch.tensor([1])
-    flipped = network(x.transpose(2, 3), t, labels)
-    assert network(x, t, labels).shape == (1, 4, 8, 12)
-    assert flipped.shape == (1, 4, 12, 8)
+@pytest.mark.parametrize(("rows", "columns"), [(4, 6), (5, 1), (3, 3)])
+def test_positions_are_the_librarys(rows, columns):
+    expected = get_2d_sincos_pos_embed(16, (rows, columns), base_size=4)
+    torch.testing.assert_close(positions(rows, columns, 4, 16), expected.float())
+
+
+def test_a_rectangle_keeps_its_sides():
+    assert ours("small")(normal(1, 4, 9, 12), 5, torch.tensor([1])).shape == (1, 4, 8, 12)
 
 
 def run(network: nn.Module, times: Tensor, labels: Tensor, x: Tensor) -> list[Tensor]:
