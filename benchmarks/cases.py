@@ -41,6 +41,8 @@ PREPASSES = (
     *(("langevin_step_size", noise) for noise in NOISE),
 )
 NORMALS = ((1, 4, 64, 64), (8, 4, 128, 128))
+GATED = ((2, 4096, 2560), (2, 256, 10240))
+TOKENS = {"residual": ((2, 4096, 320), (2, 1024, 640)), "modulated": ((2, 256, 1152),)}
 SCHEDULERS = (
     *("ddim", "ddpm", "euler", "euler_ancestral", "flow_euler", "heun", "lms", "pndm", "ipndm"),
     *("dpmpp_2m", "dpmpp_3m", "unipc", "deis"),
@@ -73,6 +75,17 @@ CASES = (
         Case(operator, variant, shape, dtype, quick=(shape, dtype) == (SAMPLES[1], "float32"))
         for operator, variant in PREPASSES
         for shape in SAMPLES
+        for dtype in DTYPES
+    ),
+    *(
+        Case("geglu", "exact", shape, dtype, quick=(shape, dtype) == (GATED[1], "float32"))
+        for shape in GATED
+        for dtype in DTYPES
+    ),
+    *(
+        Case("layer_norm_modulate", kind, shape, dtype, quick=(shape, dtype) == (shapes[-1], "float32"))
+        for kind, shapes in TOKENS.items()
+        for shape in shapes
         for dtype in DTYPES
     ),
     *(Case("torch_normal", "fill", shape, dtype) for shape in NORMALS for dtype in DTYPES),

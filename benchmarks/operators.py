@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import schedulers
+from benchmarks import network, schedulers
 from benchmarks.cases import Case
+from benchmarks.inputs import normal, size
 from benchmarks.work import AUTOMATIC, Work
 from fastdiff import ops
 from fastdiff.noise import STREAM_STEP
@@ -19,16 +20,6 @@ from fastdiff.ops.row import CLIP, GUIDANCE, PREDICTION, ROW_SIZE
 
 GROUPS = 32
 CROSS_KEYS = 77
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Standard normal values, equal for a seed on every machine."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
-
-
-def size(*tensors: Tensor) -> int:
-    """Their bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def sampler_step(case: Case, device: torch.device) -> Work:
@@ -249,5 +240,7 @@ BUILDERS: dict[str, Callable[[Case, torch.device], Work]] = {
     "guidance_weights": guidance_weights,
     "dynamic_threshold": dynamic_threshold,
     "langevin_step_size": langevin_step_size,
+    "geglu": network.geglu,
+    "layer_norm_modulate": network.layer_norm_modulate,
     "torch_normal": torch_normal,
 }

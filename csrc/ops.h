@@ -118,6 +118,22 @@ struct StepSizeArgs : PredictionArgs {
   float* scales;  // (samples, 3)
 };
 
+struct GegluArgs {
+  int64_t rows, hidden;
+  Array x, y;  // (rows, 2 * hidden) and (rows, hidden), of one type
+  int threads;
+};
+
+struct LayerNormArgs {
+  int64_t samples, positions, channels;
+  float eps;
+  Array x, residual, y, sum;         // (samples, positions, channels), of one type
+  Array weight, bias;                // (channels)
+  Array scale, shift, gate;          // (samples, channels)
+  int64_t scale_stride, shift_stride, gate_stride;  // of a sample
+  int threads;
+};
+
 namespace cpu {
 
 #ifdef FASTDIFF_X86
@@ -139,6 +155,8 @@ namespace cpu {
   void guidance_weights(const WeightsArgs& args);     \
   void dynamic_threshold(const ThresholdArgs& args);  \
   void langevin_step_size(const StepSizeArgs& args);  \
+  void geglu(const GegluArgs& args);                  \
+  void layer_norm_modulate(const LayerNormArgs& args); \
   }
 FASTDIFF_CAPABILITIES(FASTDIFF_DECLARE)
 #undef FASTDIFF_DECLARE

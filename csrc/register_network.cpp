@@ -79,11 +79,62 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   return out.transpose(1, 2);
 }
 
+Tensor geglu(const Tensor& input) {
+  const Tensor x = input.contiguous();
+  auto sizes = x.sizes().vec();
+  sizes.back() /= 2;
+  const Tensor y = at::empty(sizes, x.options());
+  GegluArgs args{};
+  args.hidden = sizes.back();
+  args.rows = y.numel() / args.hidden;
+  args.x = array(x);
+  args.y = array(y);
+  args.threads = at::get_num_threads();
+  ON_CPU(geglu, args);
+  return y;
+}
+
+// (N, C), rows of which are dense, wherever they lie.
+Array rows(OptionalTensor& values, int64_t& stride) {
+  if (!values) return {};
+  if (values->stride(1) != 1) values = values->contiguous();
+  stride = values->stride(0);
+  return array(values);
+}
+
+std::tuple<Tensor, Tensor> layer_norm_modulate(const Tensor& input, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, OptionalTensor scale, OptionalTensor shift,
+                                               double eps, const OptionalTensor& residual, OptionalTensor gate,
+                                               bool return_sum) {
+  const Tensor x = input.contiguous(), y = at::empty(x.sizes(), x.options());
+  const Tensor sum = return_sum ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  const OptionalTensor own_weight = contiguous(weight), own_bias = contiguous(bias), skip = contiguous(residual);
+  LayerNormArgs args{};
+  args.samples = x.size(0);
+  args.channels = x.size(-1);
+  args.positions = x.numel() / (args.samples * args.channels);
+  args.eps = static_cast<float>(eps);
+  args.x = array(x);
+  args.residual = array(skip);
+  args.y = array(y);
+  if (return_sum) args.sum = array(sum);
+  args.weight = array(own_weight);
+  args.bias = array(own_bias);
+  args.scale = rows(scale, args.scale_stride);
+  args.shift = rows(shift, args.shift_stride);
+  args.gate = rows(gate, args.gate_stride);
+  args.threads = at::get_num_threads();
+  ON_CPU(layer_norm_modulate, args);
+  return {y, sum};
+}
+
 }  // namespace
 
 void register_network(py::module_& m) {
   m.def("group_norm_silu", &group_norm_silu);
   m.def("attention", &attention);
+  m.def("geglu", &geglu);
+  m.def("layer_norm_modulate", &layer_norm_modulate);
 }
 
 }  // namespace fastdiff

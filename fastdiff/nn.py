@@ -116,18 +116,18 @@ class Attention(nn.Module):
         added projections, residual connections ...) or a part that is missing.
         """
         _check_attention(module)
-        inner = module.to_q.out_features
+        theirs: Any = module
         with torch.device("meta"):
             made = cls(
-                module.to_q.in_features,
-                heads=module.heads,
-                head_dim=inner // module.heads,
-                context_channels=module.to_k.in_features,
+                theirs.to_q.in_features,
+                heads=theirs.heads,
+                head_dim=theirs.to_q.out_features // theirs.heads,
+                context_channels=theirs.to_k.in_features,
             )
         for name in ("to_q", "to_k", "to_v", "to_out"):
             setattr(made, name, getattr(module, name))
         if _kind(module.processor) == "AttnProcessor":  # the other one does not look at it
-            made.score_scale = float(module.scale)
+            made.score_scale = float(theirs.scale)
         return made.train(module.training)
 
     def forward(
@@ -195,7 +195,7 @@ _PLAIN_OPTIONS: dict[str, Any] = {
 }
 
 
-def _check_attention(module: nn.Module) -> None:
+def _check_attention(module: Any) -> None:
     """That `Attention.from_attention` can say what this module does."""
     here = "Attention.from_attention"
     for name in ("to_q", "to_k", "to_v", "to_out", "heads", "processor"):
@@ -212,7 +212,7 @@ def _check_attention(module: nn.Module) -> None:
             f"{here}: the processor is {processor}; expected AttnProcessor or AttnProcessor2_0; keep the module"
         )
     sizes = [getattr(module, name).out_features for name in ("to_q", "to_k", "to_v")]
-    if len(set(sizes)) > 1 or sizes[0] % module.heads:  # type: ignore[operator]
+    if len(set(sizes)) > 1 or sizes[0] % module.heads:
         raise InputError(
             f"{here}: to_q, to_k and to_v give {sizes} channels; expected equal multiples of heads={module.heads}"
         )

@@ -25,7 +25,10 @@ from fastdiff.samplers import ADAPTIVE, methods
 ROOT = Path(__file__).parent.parent
 MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "fastdiff").rglob("*.py"))}
 
-NO_CUDA = {"attention", "guidance_weights", "dynamic_threshold", "langevin_step_size", "upsample_conv"}
+NO_CUDA = {
+    *("attention", "guidance_weights", "dynamic_threshold", "langevin_step_size"),
+    *("geglu", "layer_norm_modulate", "upsample_conv"),
+}
 """Operators that run on Triton on a GPU and have no CUDA C++ kernel."""
 
 HOST_ONLY = {"torch_normal"}

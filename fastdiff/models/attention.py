@@ -55,6 +55,16 @@ class PackedAttention(Attention):
             k, v = self._keys_and_values(tokens, context, x.requires_grad)
         return self.attend(q, k, v, mask)
 
+    def pack(self) -> None:
+        """Lays the projections' parameters side by side now instead of at the first call, where they can be."""
+        packing.pack((self.to_q, self.to_k, self.to_v))
+        packing.pack((self.to_k, self.to_v))
+
+    def unpack(self) -> None:
+        """Gives the projections' parameters memory of their own again."""
+        packing.unpack((self.to_q, self.to_k, self.to_v))
+        packing.unpack((self.to_k, self.to_v))
+
     def _keys_and_values(self, tokens: Tensor, context: Context, differentiated: bool) -> tuple[Tensor, ...]:
         leaves = (self.to_k, self.to_v)
         if not context.rewrites.text_cache or not all(map(is_plain, leaves)):
@@ -100,7 +110,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if context.rewrites.geglu:
             return self.net[2](self.net[0](x))
-        value, gate = self.net[0].proj(x).chunk(2, dim=-1)  # type: ignore[operator, union-attr]
+        value, gate = self.net[0].proj(x).chunk(2, dim=-1)  # type: ignore[operator]
         return self.net[2](value * F.gelu(gate))
 
 

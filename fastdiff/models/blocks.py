@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdiff import ops
+from fastdiff.models.attention import to_map, to_tokens
+from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
-from fastdiff.models.maps import Map, normed, summed, total
+from fastdiff.models.maps import Map, normed, settled, summed, total
 from fastdiff.nn import GroupNormSiLU
+from fastdiff.ops.reference import memory_format
 
 
 @dataclass(frozen=True)
@@ -56,29 +60,53 @@ class ResnetBlock(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self._folded = Cache(1)
 
     def forward(self, x: Map, context: Context, skip: Tensor | None = None, size: torch.Size | None = None) -> Map:
-        if skip is not None:
-            x = torch.cat([total(x), skip], dim=1)
-        h, x = normed(self.norm1, x, context), total(x)
-        if self.resample is not None:
-            h, x = (_halve(h), _halve(x)) if self.resample == "down" else (_double(h, size), _double(x, size))
-        folded = self._folds_bias(context)
-        h = _without_bias(self.conv1, h) if folded else self.conv1(h)
-        h = self._normed_with_time(h, self.conv1.bias if folded else None, context)
+        if skip is not None and not self._splits(total(x), skip, context):
+            x, skip = torch.cat([total(x), skip], dim=1), None
+        h, x = normed(self.norm1, x, context, second=skip), total(x)
+        bias = not self.folds_bias(context)
+        if self.resample == "up":
+            h, x = _convolve_doubled(self.conv1, h, self._folded, context, size, bias=bias), _double(x, size)
+        elif self.resample == "down":
+            h, x = _convolve(self.conv1, _halve(h), bias=bias), _halve(x)
+        else:
+            h = _convolve(self.conv1, h, bias=bias)
+        h = self._normed_with_time(h, None if bias else self.conv1.bias, context)
         h = self.conv2(self.dropout(h))
-        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return summed(x, h, self.scale, context)
+        return summed(self._shortcut(x, skip), h, self.scale, context)
 
     def project(self, time: Tensor | None, context: Context) -> Tensor | None:
         """The time (N, time_channels) as norm2 takes it: what is added before it, or with scale_shift [a, b]."""
         if self.time_emb_proj is None or time is None:
             return None
         projected = self.time_emb_proj(time)
-        return projected if self.scale_shift or not self._folds_bias(context) else projected + self.conv1.bias
+        return projected if self.scale_shift or not self.folds_bias(context) else projected + self.conv1.bias
 
-    def _folds_bias(self, context: Context) -> bool:
-        return context.rewrites.folded_bias and self.conv1.bias is not None and is_plain(self.conv1)
+    def folds_bias(self, context: Context) -> bool:
+        """Whether conv1's bias is added where norm2 reads."""
+        return context.rewrites.folded_bias and is_plain(self.conv1) and self.conv1.bias is not None
+
+    def _splits(self, x: Tensor, skip: Tensor, context: Context) -> bool:
+        """Whether x and skip stay apart: norm1 reads both, the shortcut is the sum of two products."""
+        if not (context.rewrites.split_skip and context.rewrites.group_norm_silu):
+            return False
+        autocast = torch.is_autocast_enabled(x.device.type)
+        same = x.dtype == skip.dtype and memory_format(x, skip) == memory_format(skip, x)
+        return self.conv_shortcut is not None and is_plain(self.conv_shortcut) and same and not autocast
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        conv = self.conv_shortcut
+        if conv is None or skip is None:
+            return x if conv is None else conv(x)
+        first, second = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return F.conv2d(x, first, conv.bias) + F.conv2d(skip, second)
+        tokens = F.linear(to_tokens(x), first.flatten(1), conv.bias)
+        # The second product is added as it is made.
+        tokens.flatten(0, 1).addmm_(to_tokens(skip).flatten(0, 1), second.flatten(1).t())
+        return to_map(tokens, x)
 
     def _normed_with_time(self, h: Tensor, bias: Tensor | None, context: Context) -> Tensor:
         """silu(norm2(h + bias + time)); bias is that of conv1 where h has come without it."""
@@ -113,14 +141,25 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self._folded = Cache(1)
 
     def forward(self, x: Map, context: Context, size: torch.Size | None = None) -> Tensor:
-        return self.conv(_double(total(x), size))
+        return _convolve_doubled(self.conv, total(x), self._folded, context, size)
 
 
-def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    # The layer's own function, since a padding mode or a dilation may have been set on it.
-    return conv._conv_forward(x, conv.weight, None)
+def _convolve(conv: nn.Conv2d, x: Tensor, *, bias: bool) -> Tensor:
+    return conv(x) if bias else F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _convolve_doubled(
+    conv: nn.Conv2d, x: Tensor, folded: Cache, context: Context, size: torch.Size | None, *, bias: bool = True
+) -> Tensor:
+    """conv(x brought to `size`); folded: where the weight is kept that does both where the size is twice x's."""
+    twice = size is None or (size[0] == 2 * x.shape[2] and size[1] == 2 * x.shape[3])
+    if not (twice and context.rewrites.upsample_conv and is_plain(conv) and settled(x, conv.weight)):
+        return _convolve(conv, _double(x, size), bias=bias)
+    weight = folded.get(None, [conv.weight], lambda: ops.fold_upsample(conv.weight))
+    return ops.upsample_conv(x, weight, conv.bias if bias else None)
 
 
 def _halve(x: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
+from fastdiff.models.blocks import ResnetBlock
 from fastdiff.models.context import Context
 from fastdiff.models.maps import total
+from fastdiff.models.times import TimeTables
 from fastdiff.models.trunk import Trunk, as_bias
 
 __all__ = ["ControlNet", "complete"]
@@ -105,6 +107,7 @@ class ControlNet(Trunk):
             stored += [size] * (layers + len(stage.downsamplers))  # type: ignore[arg-type]
         self.controlnet_down_blocks = nn.ModuleList(_zero(nn.Conv2d(size, size, 1)) for size in stored)
         self.controlnet_mid_block = _zero(nn.Conv2d(sizes[-1], sizes[-1], 1))
+        self._times = TimeTables(block for block in self.modules() if isinstance(block, ResnetBlock))
 
     def forward(
         self,
@@ -132,10 +135,10 @@ class ControlNet(Trunk):
         condition = self._condition(controlnet_cond, sample)
         context = Context(
             rewrites=self.rewrites,
-            time=F.silu(self._embed(t, class_labels, None, added_cond_kwargs or {})),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
         )
+        self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {})
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
         x, skips = self._descend(self.conv_in(sample) + condition, context)

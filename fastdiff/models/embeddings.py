@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -76,3 +77,16 @@ class EmbeddingMLP(nn.Module):
             x = x + self.cond_proj(condition)
         x = self.linear_2(F.silu(self.linear_1(x)))
         return x if self.post_act is None else self.post_act(x)
+
+
+def class_embedding(c: SimpleNamespace, features: int, channels: int) -> nn.Module | None:
+    """The module that a configuration asks for; what it gives has `channels`."""
+    if c.class_embed_type == "timestep":
+        return EmbeddingMLP(features, channels)
+    if c.class_embed_type == "identity":
+        return nn.Identity()
+    if c.class_embed_type == "projection":
+        return EmbeddingMLP(c.projection_class_embeddings_input_dim, channels)
+    if c.class_embed_type == "simple_projection":
+        return nn.Linear(c.projection_class_embeddings_input_dim, channels)
+    return None if c.num_class_embeds is None else nn.Embedding(c.num_class_embeds, channels)

@@ -17,7 +17,7 @@ def is_plain(leaf: nn.Module) -> bool:
     return (
         type(leaf) in _PLAIN
         and not (held["_forward_hooks"] or held["_forward_pre_hooks"])
-        and held.keys().isdisjoint(_METHODS)
+        and not any(method in held for method in _METHODS)
         and type(held["_parameters"].get("weight")) in _WEIGHTS
         and held.get("padding_mode", "zeros") == "zeros"
     )

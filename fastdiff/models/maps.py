@@ -30,8 +30,9 @@ class Sum:
         return self._total
 
     def normed(self, norm: GroupNormSiLU, *, keep: bool) -> Tensor:
-        if self._terms is None:
-            return _fused(norm, self._total)
+        if self._terms is None or self._terms[0].dtype != self._terms[1].dtype:
+            # Of two dtypes the addition chooses one.
+            return _fused(norm, self.total())
         a, b = self._terms
         if not keep:
             return _fused(norm, a, residual=b)
@@ -68,7 +69,7 @@ def normed(
         return F.silu(y) if norm.silu else y
     if isinstance(x, Sum) and addend is None and second is None:
         return x.normed(norm, keep=keep)
-    return _fused(norm, total(x), addend=addend)
+    return _fused(norm, total(x), addend=addend, second=second)
 
 
 def summed(a: Tensor, b: Tensor, scale: float, context: Context) -> Map:
@@ -81,6 +82,13 @@ def summed(a: Tensor, b: Tensor, scale: float, context: Context) -> Map:
 def scaled(x: Tensor, scale: float, context: Context) -> Tensor:
     """x / scale, which for a scale of 1 is x."""
     return x if scale == 1.0 and context.rewrites.unit_scale else x / scale
+
+
+def settled(*tensors: Tensor) -> bool:
+    """Whether what is made of these tensors may stand in for a layer: not while gradients are recorded, a graph is
+    compiled, or autocast chooses the dtypes."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not (recorded or torch.compiler.is_compiling() or torch.is_autocast_enabled(tensors[0].device.type))
 
 
 def _fused(norm: GroupNormSiLU, x: Tensor, **more: Any) -> Any:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
 from fastdiff.models.attention import SpatialAttention, Transformer
 from fastdiff.models.blocks import Downsample, DownStage, MidStage, ResnetBlock, ResnetSettings
 from fastdiff.models.context import Context
-from fastdiff.models.embeddings import ACTIVATIONS, EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids
+from fastdiff.models.embeddings import (
+    ACTIVATIONS,
+    EmbeddingMLP,
+    FourierFeatures,
+    LearnedTimes,
+    Sinusoids,
+    class_embedding,
+)
 from fastdiff.models.maps import Map
 from fastdiff.models.rewrites import Rewrites
+from fastdiff.models.times import TimeTables
 
 __all__ = ["Trunk", "as_bias"]
 
@@ -24,8 +33,11 @@ __all__ = ["Trunk", "as_bias"]
 class Trunk(nn.Module):
     """conv_in, the embeddings, down_blocks and mid_block of a complete configuration.
 
-    c: that configuration as `fastdiff.models.config.per_stage` gives it, for a U-Net with the same blocks.
+    c: that configuration as `fastdiff.models.config.per_stage` gives it, for a U-Net with the same blocks. A subclass
+    sets `_times` when it has all its blocks.
     """
+
+    _times: TimeTables
 
     def __init__(self, config: dict[str, Any], c: SimpleNamespace) -> None:
         super().__init__()
@@ -83,7 +95,8 @@ class Trunk(nn.Module):
         self.time_embedding = EmbeddingMLP(
             features, channels, condition_channels=c.time_cond_proj_dim, post_act=c.timestep_post_act
         )
-        self.class_embedding = _class_embedding(c, features, channels)
+        self.class_embedding = class_embedding(c, features, channels)
+        self.add_embedding: nn.Module | None = None
         if c.addition_embed_type == "text_time":
             self.add_time_proj = Sinusoids(c.addition_time_embed_dim, flip=c.flip_sin_to_cos, shift=c.freq_shift)
             self.add_embedding = EmbeddingMLP(c.projection_class_embeddings_input_dim, channels)
@@ -91,10 +104,26 @@ class Trunk(nn.Module):
             self.encoder_hid_proj = nn.Linear(c.encoder_hid_dim, c.cross_attention_dim[0])
         return channels
 
-    def _embed(
-        self, t: Tensor, class_labels: Tensor | None, condition: Tensor | None, added: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The embedding (N, time_channels) of the time, the class, and what `added` holds."""
+    def _read_time(
+        self,
+        context: Context,
+        timestep: Tensor | float | int,
+        t: Tensor,
+        class_labels: Tensor | None,
+        timestep_cond: Tensor | None,
+        added: Mapping[str, Tensor],
+    ) -> None:
+        """Gives the context the time: for each residual block if it was made beforehand, else as an embedding."""
+        conditions = (class_labels, timestep_cond, added.get("text_embeds"), added.get("time_ids"))
+        if context.rewrites.time_cache:
+            embedders = (self.time_proj, self.time_embedding, self.class_embedding, self.add_embedding)
+            context.projected = self._times.find(timestep, len(t), conditions, embedders, self._embed, context)
+        if context.projected is None:
+            context.time = self._embed(t, conditions)
+
+    def _embed(self, t: Tensor, conditions: Sequence[Tensor | None]) -> Tensor:
+        """silu(the embedding (N, time_channels) of the time, the class, and what SDXL adds)."""
+        class_labels, condition, text_embeds, time_ids = conditions
         dtype = self.time_embedding.linear_1.weight.dtype
         embedding = self.time_embedding(self.time_proj(t).to(dtype), condition)
         if (class_labels is None) != (self.class_embedding is None):
@@ -109,17 +138,18 @@ class Trunk(nn.Module):
             classes = self.class_embedding(class_labels).to(dtype)
             concat = self._c.class_embeddings_concat
             embedding = torch.cat([embedding, classes], dim=-1) if concat else embedding + classes
-        if self._c.addition_embed_type is not None:
-            for name in ("text_embeds", "time_ids"):
-                if name not in added:
-                    raise InputError(
-                        f"{type(self).__name__}: added_cond_kwargs has no {name!r}; addition_embed_type needs it"
-                    )
-            sizes = self.add_time_proj(added["time_ids"].flatten()).reshape(len(t), -1)
-            both = torch.cat([added["text_embeds"], sizes.to(added["text_embeds"].dtype)], dim=-1)
+        if self.add_embedding is not None:
+            if text_embeds is None or time_ids is None:
+                missing = "text_embeds" if text_embeds is None else "time_ids"
+                raise InputError(
+                    f"{type(self).__name__}: added_cond_kwargs has no {missing!r}; addition_embed_type needs it"
+                )
+            sizes = self.add_time_proj(time_ids.flatten()).reshape(len(t), -1)
+            both = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1)
             embedding = embedding + self.add_embedding(both.to(dtype))
         activation = ACTIVATIONS[self._c.time_embedding_act_fn]
-        return embedding if activation is None else activation(embedding)
+        # Every residual block begins its time projection with this silu: once is enough.
+        return F.silu(embedding if activation is None else activation(embedding))
 
     def _down_stage(self, c: SimpleNamespace, stage: int) -> DownStage:
         kind, layers, channels = c.down_block_types[stage], c.layers_per_block[stage], c.block_out_channels[stage]
@@ -183,18 +213,6 @@ class Trunk(nn.Module):
             )
             for depth in configuration.spread(depths, layers)
         ]
-
-
-def _class_embedding(c: SimpleNamespace, features: int, channels: int) -> nn.Module | None:
-    if c.class_embed_type == "timestep":
-        return EmbeddingMLP(features, channels)
-    if c.class_embed_type == "identity":
-        return nn.Identity()
-    if c.class_embed_type == "projection":
-        return EmbeddingMLP(c.projection_class_embeddings_input_dim, channels)
-    if c.class_embed_type == "simple_projection":
-        return nn.Linear(c.projection_class_embeddings_input_dim, channels)
-    return None if c.num_class_embeds is None else nn.Embedding(c.num_class_embeds, channels)
 
 
 def as_bias(mask: Tensor | None, sample: Tensor) -> Tensor | None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastdiff.models import config as configuration
 from fastdiff.models.blocks import ResnetBlock, Upsample, UpStage
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Map, normed, total
+from fastdiff.models.times import TimeTables
 from fastdiff.models.trunk import Trunk, as_bias
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
@@ -38,6 +38,7 @@ class UNet(Trunk):
         self.up_blocks = nn.ModuleList(self._up_stage(c, stage) for stage in range(len(c.block_out_channels)))
         self._up_layers = [layers + 1 for layers in reversed(c.layers_per_block)]
         self.conv_norm_out = GroupNormSiLU(c.norm_num_groups, first, eps=c.norm_eps)
+        self._times = TimeTables(block for block in self.modules() if isinstance(block, ResnetBlock))
         self.conv_out = nn.Conv2d(first, c.out_channels, c.conv_out_kernel, padding=(c.conv_out_kernel - 1) // 2)
 
     def forward(
@@ -63,18 +64,16 @@ class UNet(Trunk):
         The additional residuals are a ControlNet's, added to the stored maps and after the middle block.
         """
         t = self._check_input(sample, timestep, encoder_hidden_states)
-        embedding = self._embed(t, class_labels, timestep_cond, added_cond_kwargs or {})
         if self._c.encoder_hid_dim_type is not None:
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
         context = Context(
             rewrites=self.rewrites,
-            # Every residual block begins its time projection with this activation: once is enough.
-            time=F.silu(embedding),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
             token_mask=as_bias(encoder_attention_mask, sample),
         )
 
+        self._read_time(context, timestep, t, class_labels, timestep_cond, added_cond_kwargs or {})
         layout = memory_format(sample)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)

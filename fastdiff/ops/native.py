@@ -107,4 +107,6 @@ BACKENDS: dict[str, Backend] = {
     "guidance_weights": _Native("guidance_weights", 1),
     "dynamic_threshold": _Native("dynamic_threshold", 2, sample_size(2**32 - 1)),
     "langevin_step_size": _Native("langevin_step_size", 2, noise_dtype),
+    "geglu": _Native("geglu", 1),
+    "layer_norm_modulate": _Native("layer_norm_modulate", 1),
 }

@@ -69,6 +69,16 @@ def _attention_cedes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     return q.dtype == torch.float32 or (q.shape[-1] in _PYTORCH_HEAD_DIMS and k.shape[2] > _FEW_KEYS)
 
 
+MAX_NORMED_CHANNELS = 16384
+"""Channels of a row that layer_norm_modulate's kernel holds in registers."""
+
+
+def _layer_norm_limits(x: Tensor, *_: Any) -> str | None:
+    if x.shape[-1] > MAX_NORMED_CHANNELS:
+        return f"its kernel takes rows of up to {MAX_NORMED_CHANNELS} channels, not {x.shape[-1]}"
+    return None
+
+
 BACKENDS: dict[str, Backend] = {
     "sampler_step": _Triton("sampler_step", 2),
     "add_noise": _Triton("add_noise", 1),
@@ -78,4 +88,6 @@ BACKENDS: dict[str, Backend] = {
     "guidance_weights": _Triton("guidance_weights", 1),
     "dynamic_threshold": _Triton("dynamic_threshold", 2, sample_size(2**30)),
     "langevin_step_size": _Triton("langevin_step_size", 2, noise_dtype),
+    "geglu": _Triton("geglu", 1),
+    "layer_norm_modulate": _Triton("layer_norm_modulate", 1, _layer_norm_limits),
 }

@@ -69,7 +69,7 @@ def test_attention(dtype, crossed, masked):
         return library.to(precision)(tokens, encoder_hidden_states=source, attention_mask=mask)
 
     tokens, source, mask = (None if value is None else value.to(DTYPES[dtype]) for value in (x, context, bias))
-    actual = ours.to(DTYPES[dtype])(tokens, source, mask=None if mask is None else mask[:, None])
+    actual = ours.to(DTYPES[dtype])(tokens, source, mask if mask is None else mask[:, None])
     assert_close_to_truth(actual, theirs(torch.float64), theirs(DTYPES[dtype]))
 
 
