@@ -30,6 +30,7 @@ LATENTS = ((1, 4, 64, 64), (2, 4, 128, 128))
 STEPS = ("ddim", "dpmpp_2m", "unipc")
 NORMS = ((4, 256, 32, 32), (2, 640, 32, 32), (2, 320, 64, 64))
 LAYOUTS = ("contiguous", "channels_last")
+JOINED_NORMS = ((2, 960, 32, 32), (2, 1920, 16, 16))
 HEADS = ((2, 8, 1024, 40), (2, 8, 256, 80))
 ATTENTIONS = ("self", "masked", "cross77")
 NOISED = (16, 4, 64, 64)
@@ -60,6 +61,12 @@ CASES = (
     *(
         Case("group_norm_silu", layout, shape, dtype, quick=(shape, dtype) == (NORMS[0], "float32"))
         for shape in NORMS
+        for layout in LAYOUTS
+        for dtype in DTYPES
+    ),
+    *(
+        Case("group_norm_silu", f"{layout}_of_two", shape, dtype)
+        for shape in JOINED_NORMS
         for layout in LAYOUTS
         for dtype in DTYPES
     ),

@@ -30,6 +30,9 @@ _ONLY_WRITTEN = ("aten::copy_", "aten::fill_", "aten::zero_")
 """Operators that do not read the tensor they write to."""
 
 
+_ATTENTION = ("fastdiff::attention", "aten::_scaled_dot_product")
+
+
 @dataclass(frozen=True)
 class Cost:
     launches: int = 0
@@ -87,7 +90,7 @@ def _costs(func: Any, args: Any, kwargs: Any, out: Any) -> list[tuple[str, Cost]
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    if func._schema.name == "fastdiff::attention":
+    if func._schema.name.startswith(_ATTENTION):
         q, k, v = args[:3]
         return 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
     if func._schema.name == "fastdiff::upsample_conv":

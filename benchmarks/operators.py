@@ -27,23 +27,28 @@ def sampler_step(case: Case, device: torch.device) -> Work:
 
 
 def group_norm_silu(case: Case, device: torch.device) -> Work:
-    dtype = getattr(torch, case.dtype)
-    layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[case.variant]
-    x = normal(*case.shape, seed=0, dtype=dtype, device=device).contiguous(memory_format=layout)
+    """Of one input, or of two whose channels are as 2 to 1."""
+    dtype, (name, *two) = getattr(torch, case.dtype), case.variant.split("_of_")
+    layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[name]
+    whole = normal(*case.shape, seed=0, dtype=dtype, device=device)
+    widths = [case.shape[1] * 2 // 3, case.shape[1] // 3] if two else [case.shape[1]]
+    x, *more = (part.contiguous(memory_format=layout) for part in whole.split(widths, dim=1))
+    second = more[0] if more else None
     weight, bias = (normal(case.shape[1], seed=seed, dtype=dtype, device=device) for seed in (1, 2))
 
     def pytorch() -> Tensor:
-        return F.silu(F.group_norm(x, GROUPS, weight, bias))
+        joined = x if second is None else torch.cat([x, second], dim=1)
+        return F.silu(F.group_norm(joined, GROUPS, weight, bias))
 
     truth, _ = reference.group_norm_silu(
-        x.double(), GROUPS, weight.double(), bias.double(), 1e-5, True, None, None, None, False
+        whole.double(), GROUPS, weight.double(), bias.double(), 1e-5, True, None, None, None, False
     )
     return Work(
         peers={"pytorch": pytorch},
-        ours=lambda: ops.group_norm_silu(x, GROUPS, weight, bias),
+        ours=lambda: ops.group_norm_silu(x, GROUPS, weight, bias, second=second),
         truth=truth,
         plain=pytorch(),
-        traffic=2 * size(x),
+        traffic=2 * size(whole),
     )
 
 

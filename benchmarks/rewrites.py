@@ -10,7 +10,8 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -50,9 +51,9 @@ class Layout:
     part: str = ""
 
     def call(self, network: nn.Module) -> Callable[[], Any]:
-        network = network.eval().requires_grad_(False).half().get_submodule(self.part)
+        part = network.eval().requires_grad_(False).get_submodule(self.part)
         arguments = _made(self.arguments)
-        return lambda: network(**arguments)
+        return lambda: part(**arguments)
 
 
 LAYOUTS = (
@@ -108,8 +109,9 @@ LAYOUTS = (
 def steps(layout: Layout) -> list[tuple[str, Cost]]:
     """(name, cost of a forward): of the library's network, of ours without a rewrite, and with one more each time."""
     with FakeTensorMode(), torch.no_grad():
-        found = [("diffusers", count(layout.call(layout.library(**layout.config))).total)]
-        network = layout.ours(**layout.config)
+        with _default_dtype(torch.float16):
+            library, network = layout.library(**layout.config), layout.ours(**layout.config)
+        found = [("diffusers", count(layout.call(library)).total)]
         call, on = layout.call(network), Rewrites.none()
         for name in ("none", *(name for name in names() if name not in OUTSIDE)):
             if name != "none":
@@ -187,6 +189,17 @@ def readme(found: Sequence[Mapping[str, str]]) -> str:
             "",
         )
     )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    # The parameters of a fake network cannot be converted afterwards.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _made(value: Any) -> Any:

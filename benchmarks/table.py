@@ -14,7 +14,12 @@ from fastdiff.files import write_atomic
 
 BEGIN, END = "<!-- table of {name}, made by python -m benchmarks.table --readme -->", "<!-- end of table -->"
 MARKED = re.compile(r"<!-- table of (\S+), made by .*? -->\n(.*?)<!-- end of table -->", re.DOTALL)
-LAYOUTS = {"contiguous": "NCHW", "channels_last": "channels-last"}
+LAYOUTS = {
+    "contiguous": "NCHW",
+    "channels_last": "channels-last",
+    "contiguous_of_two": "NCHW, two inputs",
+    "channels_last_of_two": "channels-last, two inputs",
+}
 
 
 def line(row: Row) -> str:

@@ -62,9 +62,11 @@ struct TorchNormalArgs {
 
 struct GroupNormArgs {
   int64_t samples, channels, spatial, groups;
+  int64_t x_channels;  // the rest, if any, are those of `second`
   bool channels_last, silu;
   float eps;
   Array x, weight, bias, addend, residual;  // weight, bias (C); addend (N, C); residual as x
+  Array second;                             // without a residual only
   Array y, sum;
   int threads;
 };

@@ -11,17 +11,24 @@ std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups, 
                                            const OptionalTensor& addend, const OptionalTensor& residual,
                                            const OptionalTensor& second, bool return_sum) {
   const Tensor x = dense(input);
-  const auto layout = layout_of(x);
-  const Tensor y = at::empty(x.sizes(), x.options(), layout);
-  const Tensor sum = return_sum ? at::empty(x.sizes(), x.options(), layout) : at::empty({0}, x.options());
+  OptionalTensor more = second ? OptionalTensor(dense(*second)) : second;
+  // One channel lies in either layout; then that of the other input counts.
+  const bool either = more && x.is_contiguous() && x.is_contiguous(layout_of(*more));
+  const auto layout = layout_of(either ? *more : x);
+  if (more) more = more->contiguous(layout);
+  auto shape = x.sizes().vec();
+  if (more) shape[1] += more->size(1);
+  const Tensor y = at::empty(shape, x.options(), layout);
+  const Tensor sum = return_sum ? at::empty(shape, x.options(), layout) : at::empty({0}, x.options());
   const OptionalTensor skip = residual ? OptionalTensor(residual->contiguous(layout)) : residual;
 
   GroupNormArgs args{};
   args.samples = x.size(0);
-  args.channels = x.size(1);
+  args.channels = shape[1];
+  args.x_channels = x.size(1);
   args.spatial = x.numel() / (x.size(0) * x.size(1));
   args.groups = groups;
-  args.channels_last = channels_last(x);
+  args.channels_last = layout != at::MemoryFormat::Contiguous;
   args.silu = silu;
   args.eps = static_cast<float>(eps);
   args.x = array(x);
@@ -29,6 +36,7 @@ std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups, 
   args.bias = array(bias);
   args.addend = array(addend);
   args.residual = array(skip);
+  args.second = array(more);
   args.y = array(y);
   if (return_sum) args.sum = array(sum);
   args.threads = at::get_num_threads();

@@ -1,4 +1,6 @@
-"""silu(group_norm(x + addend + residual) * weight + bias); see `fastdiff.ops.group_norm_silu`.
+"""silu(group_norm(x + addend + residual) * weight + bias), x being one tensor or two side by side.
+
+See `fastdiff.ops.group_norm_silu`.
 
 `moments_kernel` takes mean and centred squares of each group over a chunk of the positions, one writer per slot;
 `apply_kernel` merges the chunks (Chan, Golub and LeVeque, 1979) and walks them backwards, so that what was read last is
@@ -7,19 +9,18 @@ still in the cache. Where the positions fit one tile, `whole_kernel` does both i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.aot import AotCase
+from fastdiff.kernels.group_norm_aot import case
 from fastdiff.kernels.group_norm_plan import plan
 from fastdiff.kernels.group_norm_tile import (
     channel_values,
     group_moments,
     load_tile,
+    places,
     reference_of,
     slab_channels,
     store_result,
@@ -31,14 +32,18 @@ from fastdiff.kernels.layout import dense, memory_format
 
 @triton.jit
 def moments_kernel(
-    x,  # (N, C, S), channel c and position s at c * channel_stride + s * position_stride
+    x,  # (N, C, S), or (N, x_channels, S); channel c and position s at c * channel_stride + s * position_stride
     addend,  # (N, C), or None
     residual,  # as x, or None
+    second,  # more channels, or None
     partial,  # (3, N * groups, chunks * PIECES) float32: reference, mean less reference, squares
     channels,
     positions,
     channel_stride,
     position_stride,
+    x_channels,  # where there is a second input, or None; so are the strides
+    x_stride,
+    second_stride,
     groups,
     slabs,
     chunks,
@@ -55,10 +60,12 @@ def moments_kernel(
     sample = (tl.program_id(0) // chunks // slabs).to(tl.int64)
     channel, mask, member, group, size = slab_channels(slab, channels, CHANNELS, SIZE, GROUPS, KEPT, PIECES)
     added = channel_values(addend, sample * channels + channel, mask, 0.0)
-    at_channel = sample * channels * positions + channel.to(tl.int64) * channel_stride
+    place = places(
+        channel, mask, sample, channels, positions, channel_stride, position_stride, x_channels, x_stride, second_stride
+    )
 
     begin = chunk * tiles * POSITIONS
-    h, _, inside = load_tile(x, residual, added, at_channel, mask, begin, positions, position_stride, POSITIONS)
+    h, _, inside = load_tile(x, residual, second, added, place, begin, positions, POSITIONS)
     count = tl.minimum(positions - begin, POSITIONS)
     reference = reference_of(h, inside, member, count, size)
     center = to_channels(reference, member)
@@ -66,7 +73,7 @@ def moments_kernel(
     seen = count.to(tl.float32)
     for tile in range(1, tiles):
         begin = (chunk * tiles + tile) * POSITIONS
-        h, _, inside = load_tile(x, residual, added, at_channel, mask, begin, positions, position_stride, POSITIONS)
+        h, _, inside = load_tile(x, residual, second, added, place, begin, positions, POSITIONS)
         more = tl.maximum(tl.minimum(positions - begin, POSITIONS), 0).to(tl.float32)
         tile_mean, tile_squares = tile_moments(h, inside, center, tl.maximum(more, 1.0))
         apart = tile_mean - mean
@@ -92,6 +99,7 @@ def apply_kernel(
     bias,
     addend,  # (N, C), or None
     residual,  # as x, or None
+    second,  # more channels, or None
     partial,  # as in moments_kernel
     y,  # as x
     total,  # as x, or None
@@ -99,6 +107,9 @@ def apply_kernel(
     positions,
     channel_stride,
     position_stride,
+    x_channels,  # where there is a second input, or None; so are the strides
+    x_stride,
+    second_stride,
     groups,
     slabs,
     chunks,
@@ -144,10 +155,12 @@ def apply_kernel(
     scale = to_channels(inverse, member) * channel_values(weight, channel, mask, 1.0)
     shift = channel_values(bias, channel, mask, 0.0)
     added = channel_values(addend, sample * channels + channel, mask, 0.0)
-    at_channel = sample * channels * positions + channel.to(tl.int64) * channel_stride
+    place = places(
+        channel, mask, sample, channels, positions, channel_stride, position_stride, x_channels, x_stride, second_stride
+    )
     for tile in range(0, tiles):
         begin = (chunk * tiles + tiles - 1 - tile) * POSITIONS
-        h, at, inside = load_tile(x, residual, added, at_channel, mask, begin, positions, position_stride, POSITIONS)
+        h, at, inside = load_tile(x, residual, second, added, place, begin, positions, POSITIONS)
         store_result(y, total, h, center, mean_of_channel, scale, shift, at, inside, SILU)
 
 
@@ -158,12 +171,16 @@ def whole_kernel(
     bias,
     addend,  # (N, C), or None
     residual,  # as x, or None
+    second,  # more channels, or None
     y,  # as x
     total,  # as x, or None
     channels,
     positions,
     channel_stride,
     position_stride,
+    x_channels,
+    x_stride,
+    second_stride,
     slabs,
     eps,
     SILU: tl.constexpr,
@@ -177,8 +194,10 @@ def whole_kernel(
     sample = (tl.program_id(0) // slabs).to(tl.int64)
     channel, mask, member, _, _ = slab_channels(slab, channels, CHANNELS, SIZE, GROUPS, KEPT, 1)
     added = channel_values(addend, sample * channels + channel, mask, 0.0)
-    at_channel = sample * channels * positions + channel.to(tl.int64) * channel_stride
-    h, at, inside = load_tile(x, residual, added, at_channel, mask, 0, positions, position_stride, POSITIONS)
+    place = places(
+        channel, mask, sample, channels, positions, channel_stride, position_stride, x_channels, x_stride, second_stride
+    )
+    h, at, inside = load_tile(x, residual, second, added, place, 0, positions, POSITIONS)
 
     count = positions.to(tl.float32)
     center = to_channels(reference_of(h, inside, member, positions, SIZE), member)
@@ -204,25 +223,30 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The registered operator's arguments; launches on the current stream of x's device."""
     x = dense(x)
-    layout = memory_format(x)
-    y = torch.empty_like(x, memory_format=layout)
-    total = torch.empty_like(y) if return_sum else None
-    if residual is not None:
-        residual = residual.contiguous(memory_format=layout)
-    weight, bias, addend = (None if value is None else value.contiguous() for value in (weight, bias, addend))
+    layout = memory_format(x, second)
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     # A contiguous sample of one position is a channels-last one.
     channels_last = layout != torch.contiguous_format or positions == 1
+    joint = (None, None, None)
+    if second is not None:
+        second = second.contiguous(memory_format=layout)
+        joint = (channels, channels, second.shape[1]) if channels_last else (channels, 1, 1)
+        channels += second.shape[1]
+    y = torch.empty((samples, channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    total = torch.empty_like(y) if return_sum else None
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout)
+    weight, bias, addend = (None if value is None else value.contiguous() for value in (weight, bias, addend))
     strides = (1, channels) if channels_last else (positions, 1)
     cut = plan(channels, positions, groups, channels_last)
     size = channels // groups
     results = 1 if total is None else 2
     with torch.cuda.device_of(x):
-        sizes = (channels, positions, *strides)
+        sizes = (channels, positions, *strides, *joint)
         if cut.whole:
             whole_kernel[(samples * cut.slabs,)](
-                x, weight, bias, addend, residual, y, total, *sizes, cut.slabs, eps,
+                x, weight, bias, addend, residual, second, y, total, *sizes, cut.slabs, eps,
                 SILU=silu, SIZE=size, num_warps=cut.warps(x.element_size(), results), **cut.constants,
             )  # fmt: skip
         else:
@@ -232,52 +256,33 @@ def run(
             cuts = (groups, cut.slabs, cut.chunks, cut.tiles)
             constants = {"SIZE": size, "PIECES": cut.pieces, **cut.constants}
             moments_kernel[grid](
-                x, addend, residual, partial, *sizes, *cuts, num_warps=cut.warps(x.element_size()), **constants
+                x, addend, residual, second, partial, *sizes, *cuts, num_warps=cut.warps(x.element_size()), **constants
             )
             apply_kernel[grid](
-                x, weight, bias, addend, residual, partial, y, total, *sizes, *cuts, eps,
+                x, weight, bias, addend, residual, second, partial, y, total, *sizes, *cuts, eps,
                 SILU=silu, PARTIALS=triton.next_power_of_2(parts), num_warps=cut.warps(x.element_size(), results),
                 **constants,
             )  # fmt: skip
     return y, x.new_empty(0) if total is None else total
 
 
-def _case(kernel: Any, dtype: str, shape: tuple[int, int, int], layout: str, *given: str) -> AotCase:
-    """`shape`: channels, positions, groups; `given`: those of addend, residual and total that are there."""
-    channels, positions, groups = shape
-    channels_last = layout == "channels-last"
-    cut = plan(channels, positions, groups, channels_last)
-    own = dict.fromkeys(("x", "y", "residual", "total"), f"*{dtype}")
-    present = ("x", "y", "weight", "bias", "partial", *given)
-    pointers = {name: own.get(name, "*fp32") for name in present if name in kernel.arg_names}
-    integers = {"channels": channels, "positions": positions, "groups": groups, "slabs": cut.slabs}
-    integers |= {"chunks": cut.chunks, "tiles": cut.tiles}
-    integers |= {"position_stride": channels} if channels_last else {"channel_stride": positions}
-    integers = {name: value for name, value in integers.items() if name in kernel.arg_names}
-    constants = {"SILU": True, "SIZE": channels // groups, "PIECES": cut.pieces, **cut.constants}
-    constants |= {"PARTIALS": triton.next_power_of_2(cut.chunks * cut.pieces)}
-    constants |= {name: 1 for name in ("channel_stride", "position_stride", *integers) if integers.get(name, 1) == 1}
-    types = dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr") | pointers | {"eps": "fp32"}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    return AotCase(
-        name=" ".join((kernel.__name__, dtype, "x".join(map(str, shape)), layout, *given)),
-        kernel=kernel,
-        signature=signature,
-        constexprs={name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"},
-        num_warps=cut.warps(4 if dtype == "fp32" else 2, 2 if "total" in given and kernel is not moments_kernel else 1),
-        divisible=(*pointers, *(name for name, value in integers.items() if types[name] == "i32" and value % 16 == 0)),
-        wide_stores=0.0 if kernel is moments_kernel else 0.5,
-    )
-
-
 _DTYPES = ("fp32", "fp16", "bf16")
 _SPLIT = (moments_kernel, apply_kernel)
 _LAYOUTS = ("contiguous", "channels-last")
 _ALL = ("addend", "residual", "total")
+_SUM = ("addend", "total")
+_TWO = ("fp32", "bf16")
 AOT = [
-    *(_case(kernel, dtype, (320, 4096, 32), layout) for kernel in _SPLIT for dtype in _DTYPES for layout in _LAYOUTS),
-    *(_case(kernel, "bf16", (320, 4096, 32), layout, *_ALL) for kernel in _SPLIT for layout in _LAYOUTS),
-    *(_case(kernel, "fp32", (320, 4096, 32), layout, *_ALL) for kernel in _SPLIT for layout in _LAYOUTS),
-    *(_case(kernel, "bf16", (512, 4096, 1), layout) for kernel in _SPLIT for layout in _LAYOUTS),
-    *(_case(whole_kernel, dtype, (1280, 64, 32), layout, *_ALL) for dtype in _DTYPES for layout in _LAYOUTS),
+    *(case(kernel, dtype, (320, 4096, 32), layout) for kernel in _SPLIT for dtype in _DTYPES for layout in _LAYOUTS),
+    *(case(kernel, "bf16", (320, 4096, 32), layout, *_ALL) for kernel in _SPLIT for layout in _LAYOUTS),
+    *(case(kernel, "fp32", (320, 4096, 32), layout, *_ALL) for kernel in _SPLIT for layout in _LAYOUTS),
+    *(case(kernel, "bf16", (512, 4096, 1), layout) for kernel in _SPLIT for layout in _LAYOUTS),
+    *(case(whole_kernel, dtype, (1280, 64, 32), layout, *_ALL) for dtype in _DTYPES for layout in _LAYOUTS),
+    *(
+        case(kernel, dtype, (960, 4096, 32, 640), layout, *_SUM)
+        for kernel in _SPLIT
+        for dtype in _TWO
+        for layout in _LAYOUTS
+    ),
+    *(case(whole_kernel, dtype, (2560, 64, 32, 1280), layout, *_SUM) for dtype in _TWO for layout in _LAYOUTS),
 ]

@@ -57,14 +57,51 @@ def channel_values(pointer, at, mask, MISSING: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, residual, addend, at_channel, mask, begin, positions, position_stride, POSITIONS: tl.constexpr):
-    """(h, offsets, which exist) of the positions from `begin` on, [channels, positions]; h is float32."""
+def places(
+    channel,
+    mask,
+    sample,
+    channels,
+    positions,
+    channel_stride,
+    position_stride,
+    x_channels,  # the rest are those of a second input; None without one
+    x_stride,  # from position to position, as second_stride
+    second_stride,
+):
+    """(offsets of the channels, which are there, from position to position) in y, in x and in the second input."""
+    c = channel.to(tl.int64)
+    in_y = (sample * channels * positions + c * channel_stride, mask, position_stride)
+    if x_channels is None:
+        return in_y, in_y, in_y
+    else:
+        of_x, second_channels = channel < x_channels, channels - x_channels
+        in_x = (sample * x_channels * positions + c * channel_stride, mask & of_x, x_stride)
+        in_second = sample * second_channels * positions + (c - x_channels) * channel_stride
+        return in_y, in_x, (in_second, mask & (of_x == 0), second_stride)
+
+
+@triton.jit
+def tile_at(place, begin, positions, POSITIONS: tl.constexpr):
+    """(offsets, which exist) of the positions from `begin` on, [channels, positions]."""
+    at_channel, mask, stride = place
     position = begin + tl.arange(0, POSITIONS)
-    inside = mask[:, None] & (position < positions)[None, :]
-    at = at_channel[:, None] + position.to(tl.int64)[None, :] * position_stride
-    h = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + addend[:, None]
+    return at_channel[:, None] + position.to(tl.int64)[None, :] * stride, mask[:, None] & (position < positions)[
+        None, :
+    ]
+
+
+@triton.jit
+def load_tile(x, residual, second, addend, place, begin, positions, POSITIONS: tl.constexpr):
+    """(h, offsets in y, which exist) of the positions from `begin` on, [channels, positions]; h is float32."""
+    at, inside = tile_at(place[0], begin, positions, POSITIONS)
+    at_x, in_x = tile_at(place[1], begin, positions, POSITIONS)
+    h = tl.load(x + at_x, mask=in_x, other=0.0).to(tl.float32) + addend[:, None]
     if residual is not None:
         h += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if second is not None:
+        at_second, in_second = tile_at(place[2], begin, positions, POSITIONS)
+        h += tl.load(second + at_second, mask=in_second, other=0.0).to(tl.float32)
     return h, at, inside
 
 

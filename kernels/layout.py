@@ -8,8 +8,14 @@ from torch import Tensor
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last if x is that and not contiguous, else contiguous: the layout in which its kernel runs."""
+def memory_format(x: Tensor, second: Tensor | None = None) -> torch.memory_format:
+    """Channels-last if x is that and not contiguous, else contiguous: the layout in which its kernel runs.
+
+    With a second input beside it: that of `second` where x lies in either layout.
+    """
+    if second is not None and x.is_contiguous():
+        layout = memory_format(second)
+        return layout if x.is_contiguous(memory_format=layout) else torch.contiguous_format
     last = _CHANNELS_LAST.get(x.dim())
     if last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last):
         return last

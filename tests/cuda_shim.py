@@ -99,21 +99,18 @@ class Launchers:
         silu: bool,
         addend: Tensor | None,
         residual: Tensor | None,
+        second: Tensor | None,
         return_sum: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, h = self._output(x), self._output(x) if return_sum else None
-        samples, channels = x.shape[:2]
-        sizes = [samples, channels, x[0, 0].numel(), groups, not x.is_contiguous(), silu]
-        arrays = _arrays([x, weight, bias, addend, residual, y, h])
-        needed = self._library.shim_group_norm_silu_workspace(_integers(sizes), arrays)
+        layout = memory_format(x, second)
+        like = torch.empty_like(x if second is None else torch.cat([x, second], dim=1), memory_format=layout)
+        y, h = self._output(like), self._output(like) if return_sum else None
+        samples, channels = like.shape[:2]
+        sizes = [samples, channels, x[0, 0].numel(), groups, layout != torch.contiguous_format, silu, x.shape[1]]
+        tensors = [x, weight, bias, addend, residual, y, h, second]
+        needed = self._library.shim_group_norm_silu_workspace(_integers(sizes), _arrays(tensors))
         workspace = self._output(torch.empty(needed // 4, device="meta"))
-        self._call(
-            "shim_group_norm_silu",
-            sizes,
-            [x, weight, bias, addend, residual, y, h],
-            ctypes.c_float(eps),
-            _pointer(workspace),
-        )
+        self._call("shim_group_norm_silu", sizes, tensors, ctypes.c_float(eps), _pointer(workspace))
         return y, x.new_empty(0) if h is None else h
 
     def sampler_step(

@@ -91,6 +91,21 @@ def tensors(shape: Shape, dtype: torch.dtype, options: dict[str, Any], mean: flo
     return made | {"groups": shape.groups} | rest
 
 
+def split(given: dict[str, Any], of_x: int, layout: str) -> dict[str, Any]:
+    """The same arguments, the channels of x from `of_x` on being the second input."""
+    x, second = (in_layout(part.contiguous(), layout) for part in given["x"].tensor_split([of_x], dim=1))
+    return given | {"x": x, "second": second}
+
+
+def as_one(given: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments, the second input in one tensor with x."""
+    if "second" not in given:
+        return given
+    x, second = given["x"], given["second"]
+    joined = torch.cat([x, second], dim=1).contiguous(memory_format=reference.memory_format(x, second))
+    return {name: value for name, value in given.items() if name != "second"} | {"x": joined}
+
+
 def plainly(given: dict[str, Any]) -> Tensor:
     """What PyTorch's own functions give in the dtype of x."""
     x, own = given["x"], {name: given[name].to(given["x"].dtype) for name in ("weight", "bias") if name in given}
@@ -126,6 +141,7 @@ def call(target: Target, given: dict[str, Any]) -> Any:
 
 def check(target: Target, given: dict[str, Any]) -> Tensor:
     result = call(target, given)
+    given = as_one(given)
     x, (true_y, true_h) = given["x"], truth(given)
     y = result[0] if given.get("return_sum") else result
     assert y.dtype == x.dtype

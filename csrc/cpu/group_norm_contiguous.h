@@ -1,4 +1,5 @@
-// Contiguous tensors: a group is one run of memory, a channel a run inside it.
+// Contiguous tensors: a group is one run of memory, or two where it has channels of both inputs; a channel is a run
+// inside it.
 #pragma once
 
 #include "cpu/group_norm_apply.h"
@@ -14,7 +15,8 @@ class Contiguous {
  public:
   explicit Contiguous(const GroupNormArgs& args)
       : args_(args),
-        tensors_(args),
+        inputs_(args),
+        outputs_(args),
         groups_(args.samples * args.groups),
         in_group_(args.channels / args.groups),
         segments_(args.addend ? in_group_ : 1),
@@ -59,22 +61,39 @@ class Contiguous {
   // A segment is a group, or one of its channels if each has an addend: no part has elements of two segments.
   Moments part_moments(int64_t group, int64_t part) const {
     const int64_t segment = group * segments_ + part / pieces_, begin = part % pieces_ * RUN;
-    Moments moments =
-        run_moments(tensors_.source, segment * segment_size_ + begin, smaller(RUN, segment_size_ - begin));
+    const int64_t count = smaller(RUN, segment_size_ - begin), element = segment * segment_size_ + begin;
+    const int64_t sample_size = args_.channels * args_.spatial, sample = element / sample_size;
+    const int64_t left = inputs_.x_channels * args_.spatial - element % sample_size;  // until the second input
+    Moments moments;
+    if (left > 0) moments = run_moments(source(sample, element % sample_size), smaller(left, count));
+    if (left < count) {
+      const int64_t of_x = left > 0 ? left : 0;
+      moments.merge(run_moments(source(sample, element % sample_size + of_x), count - of_x));
+    }
     if (args_.addend) moments.mean += load_one(args_.addend, segment);
     return moments;
+  }
+
+  // From an element of a sample on.
+  Source<T, PLAIN> source(int64_t sample, int64_t element) const {
+    const int64_t x_size = inputs_.x_channels * args_.spatial, second_size = inputs_.second_channels * args_.spatial;
+    return element < x_size ? inputs_.x.moved(sample * x_size + element)
+                            : inputs_.second.moved(sample * second_size + element - x_size);
   }
 
   void apply(int64_t group, const Moments& moments, int64_t channel, int64_t begin, int64_t count,
              int64_t ahead = 0) const {
     const int64_t run = group * in_group_ + channel;
     const double inverse = inverse_deviation(args_, moments);
-    const Affine a = affine(args_, moments.mean, inverse, run / args_.channels, run % args_.channels);
-    tensors_.apply(run * args_.spatial + begin, count, Uniform(a), ahead);
+    const int64_t sample = run / args_.channels, of_sample = run % args_.channels;
+    const Affine a = affine(args_, moments.mean, inverse, sample, of_sample);
+    const Source<T, PLAIN> from = source(sample, of_sample * args_.spatial + begin);
+    outputs_.apply(from, run * args_.spatial + begin, count, Uniform(a), ahead);
   }
 
   const GroupNormArgs& args_;
-  const Tensors<T, SILU, PLAIN> tensors_;
+  const Inputs<T, PLAIN> inputs_;
+  const Outputs<T, SILU, PLAIN> outputs_;
   const int64_t groups_, in_group_, segments_, segment_size_, pieces_, parts_;
 };
 

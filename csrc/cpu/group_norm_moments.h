@@ -1,8 +1,9 @@
-// Mean and squared deviations of x + residual, by parts that do not depend on the number of threads.
+// Mean and squared deviations of the inputs, by parts that do not depend on the number of threads.
 #pragma once
 
 #include "cpu/moments.h"
 #include "cpu/scratch.h"
+#include "ops.h"
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
 
@@ -22,16 +23,33 @@ struct Source {
     }
     return h;
   }
+
+  inline __attribute__((always_inline)) Source moved(int64_t offset) const {
+    return {x + offset, residual ? residual + offset : nullptr};
+  }
 };
 
-// Of `count` consecutive elements from `offset` on.
+// A sample's channels: those of x, then those of the second input, of which there may be none.
 template <class T, bool PLAIN>
-static Moments run_moments(const Source<T, PLAIN>& source, int64_t offset, int64_t count) {
+struct Inputs {
+  Source<T, PLAIN> x, second;
+  int64_t x_channels, second_channels;
+
+  explicit Inputs(const GroupNormArgs& args)
+      : x{static_cast<const T*>(args.x.data), static_cast<const T*>(args.residual.data)},
+        second{static_cast<const T*>(args.second.data), nullptr},
+        x_channels(args.x_channels),
+        second_channels(args.channels - args.x_channels) {}
+};
+
+// Of the first `count` elements.
+template <class T, bool PLAIN>
+static Moments run_moments(const Source<T, PLAIN>& source, int64_t count) {
   const int64_t head = count < 4 * BLOCK ? count : 4 * BLOCK;
   Block sum{}, squares{};
   for_blocks(
       head, false, [&](int64_t i, auto width) __attribute__((always_inline)) {
-        const Block h = source.at(offset + i, width);
+        const Block h = source.at(i, width);
         sum.first += h.first;
         sum.second += h.second;
       });
@@ -39,7 +57,7 @@ static Moments run_moments(const Source<T, PLAIN>& source, int64_t offset, int64
   sum = Block{};
   for_blocks(
       count, false, [&](int64_t i, auto width) __attribute__((always_inline)) {
-        const Block h = source.at(offset + i, width);
+        const Block h = source.at(i, width);
         const Block d = kept<T>({h.first - near, h.second - near}, width);
         sum.first += d.first;
         sum.second += d.second;
@@ -59,14 +77,14 @@ struct ChannelMoments {
 
 // BLOCKS blocks of channels side by side, whose sums stay in registers over all rows.
 template <int BLOCKS, class T, bool PLAIN, class Width>
-static inline void strip_moments(const Source<T, PLAIN>& source, int64_t offset, int64_t channels,
-                                 const ChannelMoments& into, int64_t first, Width width) {
+static inline void strip_moments(const Source<T, PLAIN>& source, int64_t channels, const ChannelMoments& into,
+                                 int64_t first, Width width) {
   constexpr int64_t HEAD = 8, AHEAD = 8;  // rows that give `near`; rows between a prefetch and its use
   const int64_t head = smaller(into.rows, HEAD);
   Block near[BLOCKS] = {}, sum[BLOCKS] = {}, squares[BLOCKS] = {};
   for (int64_t row = 0; row < head; ++row) {
     for (int b = 0; b < BLOCKS; ++b) {
-      const Block h = source.at(offset + row * channels + first + b * BLOCK, width);
+      const Block h = source.at(row * channels + first + b * BLOCK, width);
       near[b].first += h.first;
       near[b].second += h.second;
     }
@@ -76,7 +94,7 @@ static inline void strip_moments(const Source<T, PLAIN>& source, int64_t offset,
     near[b].second /= static_cast<float>(head);
   }
   for (int64_t row = 0; row < into.rows; ++row) {
-    const int64_t at = offset + row * channels + first;
+    const int64_t at = row * channels + first;
     // The hardware follows no rows as short as a strip. Past the last row lies the next strip.
     const int64_t ahead = row + AHEAD < into.rows ? AHEAD * channels : (AHEAD - into.rows) * channels + BLOCKS * BLOCK;
     prefetch<3>(source.x + at + ahead, BLOCKS * BLOCK);
@@ -100,17 +118,17 @@ static inline void strip_moments(const Source<T, PLAIN>& source, int64_t offset,
   }
 }
 
-// Of the rows from `offset` on.
+// Of the first rows, of `channels` elements each.
 template <class T, bool PLAIN>
-static void row_moments(const Source<T, PLAIN>& source, int64_t offset, int64_t channels, const ChannelMoments& into) {
+static void row_moments(const Source<T, PLAIN>& source, int64_t channels, const ChannelMoments& into) {
   constexpr int WIDE = LANES == 16 ? 4 : 2;  // 6 registers a block
   const int64_t whole = channels / BLOCK * BLOCK;
   int64_t c = 0;
   for (; c + WIDE * BLOCK <= whole; c += WIDE * BLOCK) {
-    strip_moments<WIDE>(source, offset, channels, into, c, Whole{});
+    strip_moments<WIDE>(source, channels, into, c, Whole{});
   }
-  for (; c < whole; c += BLOCK) strip_moments<1>(source, offset, channels, into, c, Whole{});
-  if (c < channels) strip_moments<1>(source, offset, channels, into, c, Part{channels - c});
+  for (; c < whole; c += BLOCK) strip_moments<1>(source, channels, into, c, Whole{});
+  if (c < channels) strip_moments<1>(source, channels, into, c, Part{channels - c});
 }
 
 // The parts of one sample merged, for LANES channels: mean = near[0] + distance.

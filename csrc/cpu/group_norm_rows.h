@@ -16,8 +16,10 @@ class Rows {
  public:
   explicit Rows(const GroupNormArgs& args)
       : args_(args),
-        tensors_(args),
-        stride_(ceil_divide(args.channels, BLOCK) * BLOCK),
+        inputs_(args),
+        outputs_(args),
+        second_place_(ceil_divide(inputs_.x_channels, BLOCK) * BLOCK),
+        stride_(second_place_ + ceil_divide(inputs_.second_channels, BLOCK) * BLOCK),
         part_rows_(larger(ceil_divide(PART_SIZE, args.channels), ceil_divide(args.spatial, MAX_PARTS))),
         parts_(ceil_divide(args.spatial, part_rows_)),
         tables_(args.samples * (3 * parts_ + 4) * stride_),
@@ -44,12 +46,16 @@ class Rows {
  private:
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  // Parts are counted over all samples.
-  int64_t offset(int64_t part, int64_t row) const {
-    return (part / parts_ * args_.spatial + part % parts_ * part_rows_ + row) * args_.channels;
-  }
+  // Parts and rows are counted over all samples.
+  int64_t first_row(int64_t part) const { return part / parts_ * args_.spatial + part % parts_ * part_rows_; }
 
   int64_t rows_of(int64_t part) const { return smaller(part_rows_, args_.spatial - part % parts_ * part_rows_); }
+
+  // Where a channel stands in the tables; each input's begin a block.
+  int64_t place(int64_t channel) const {
+    const int64_t of_second = channel - inputs_.x_channels;
+    return of_second < 0 ? slot<T>(channel) : second_place_ + slot<T>(of_second);
+  }
 
   float* moments_table(int64_t part) const { return tables_.data() + 3 * part * stride_; }
 
@@ -60,7 +66,12 @@ class Rows {
   void take_moments(int64_t part) const {
     float* table = moments_table(part);
     moments_[part] = {table, table + stride_, table + 2 * stride_, rows_of(part)};
-    row_moments(tensors_.source, offset(part, 0), args_.channels, moments_[part]);
+    const int64_t row = first_row(part), of_x = inputs_.x_channels, of_second = inputs_.second_channels;
+    row_moments(inputs_.x.moved(row * of_x), of_x, moments_[part]);
+    if (of_second == 0) return;
+    table += second_place_;
+    const ChannelMoments into = {table, table + stride_, table + 2 * stride_, rows_of(part)};
+    row_moments(inputs_.second.moved(row * of_second), of_second, into);
   }
 
   // Leaves a channel's sums in those of the sample's first part.
@@ -80,31 +91,43 @@ class Rows {
     const double rows = static_cast<double>(args_.spatial);
     const auto mean_of = [&](int64_t c) {
       const double addend = parameter(args_.addend, sample * args_.channels + c, 0.0);
-      return static_cast<double>(merged.near[slot<T>(c)]) + merged.sum[slot<T>(c)] + addend;
+      return static_cast<double>(merged.near[place(c)]) + merged.sum[place(c)] + addend;
     };
     Moments whole{rows * static_cast<double>(size), 0.0, 0.0};
     for (int64_t c = begin; c < begin + size; ++c) whole.mean += mean_of(c) / static_cast<double>(size);
     for (int64_t c = begin; c < begin + size; ++c) {
       const double distance = mean_of(c) - whole.mean;
-      whole.squares += merged.squares[slot<T>(c)] + rows * distance * distance;
+      whole.squares += merged.squares[place(c)] + rows * distance * distance;
     }
     const double inverse = inverse_deviation(args_, whole);
     for (int64_t c = begin; c < begin + size; ++c) {
-      coefficients(sample).set(slot<T>(c), affine(args_, whole.mean, inverse, sample, c));
+      coefficients(sample).set(place(c), affine(args_, whole.mean, inverse, sample, c));
     }
   }
 
   void apply(int64_t part) const {
-    const PerChannel k = coefficients(part / parts_);
-    const int64_t count = rows_of(part);
-    for (int64_t i = 0; i < count; ++i) {
-      tensors_.apply(offset(part, tensors_.downwards ? count - 1 - i : i), args_.channels, k);
+    const PerChannel k = coefficients(part / parts_), of_second_k = k.moved(second_place_);
+    const int64_t of_x = inputs_.x_channels, of_second = inputs_.second_channels;
+    const int64_t first = first_row(part), count = rows_of(part);
+    if (of_second == 0) {
+      const bool downwards = outputs_.downwards(inputs_.x, 0);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + (downwards ? count - 1 - i : i);
+        outputs_.apply(inputs_.x.moved(row * of_x), row * of_x, of_x, k);
+      }
+      return;
+    }
+    for (int64_t row = first; row < first + count; ++row) {
+      const int64_t to = row * args_.channels;
+      outputs_.template apply<true>(inputs_.x.moved(row * of_x), to, of_x, k);
+      outputs_.template apply<true>(inputs_.second.moved(row * of_second), to + of_x, of_second, of_second_k);
     }
   }
 
   const GroupNormArgs& args_;
-  const Tensors<T, SILU, PLAIN> tensors_;
-  const int64_t stride_, part_rows_, parts_;
+  const Inputs<T, PLAIN> inputs_;
+  const Outputs<T, SILU, PLAIN> outputs_;
+  const int64_t second_place_, stride_, part_rows_, parts_;
   const Scratch<float> tables_;
   const Scratch<ChannelMoments> moments_;
 };

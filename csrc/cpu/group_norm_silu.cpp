@@ -1,6 +1,6 @@
-// y = act((h - mean) / sqrt(var + eps) * weight + bias) with h = x + addend + residual: a pass that takes the moments
-// and a pass that applies them, to data that the first has left in the cache where it fits. The result does not depend
-// on the number of threads.
+// y = act((h - mean) / sqrt(var + eps) * weight + bias) with h = x + addend + residual, x being one
+// input or two side by side: a pass that takes the moments and a pass that applies them, to data that the first has
+// left in the cache where it fits. The result does not depend on the number of threads.
 #include "cpu/group_norm_contiguous.h"
 #include "cpu/group_norm_rows.h"
 #include "ops.h"

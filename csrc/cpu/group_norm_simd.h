@@ -57,6 +57,13 @@ static inline __attribute__((always_inline)) void prefetch(const T* at, int64_t 
   for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(at + i, 0, LOCALITY);
 }
 
+// As `prefetch`, of what will be written.
+template <class T>
+static inline __attribute__((always_inline)) void prefetch_written(T* at, int64_t count) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(at + i, 1, 3);
+}
+
 // How much of a block: all of it, or its first `count` elements.
 struct Whole {};
 struct Part {

@@ -61,10 +61,14 @@ inline int64_t scratch_slots(const GroupNormPlan& plan) {
 
 inline void choose_slab(GroupNormPlan& plan, const GroupNormArgs& args) {
   bool vector = true;
-  for (const Array& array : {args.x, args.residual, args.y, args.sum, args.weight, args.bias, args.addend}) {
+  for (const Array& array :
+       {args.x, args.second, args.residual, args.y, args.sum, args.weight, args.bias, args.addend}) {
     vector = vector && aligned(array.data);
   }
-  plan.width = vector && (args.channels_last ? args.channels : args.spatial) % WIDTH == 0 ? WIDTH : 1;
+  // No chunk has elements of both inputs.
+  const bool whole =
+      args.channels_last ? args.channels % WIDTH == 0 && args.x_channels % WIDTH == 0 : args.spatial % WIDTH == 0;
+  plan.width = vector && whole ? WIDTH : 1;
   plan.groups = 1;
   if (args.channels_last) {
     plan.groups = groups_of_slab(args, plan.width);

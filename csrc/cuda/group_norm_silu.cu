@@ -1,4 +1,4 @@
-// y = silu(group_norm(x + addend + residual)), contiguous or channels-last.
+// y = silu(group_norm(x + addend + residual)), contiguous or channels-last; x may be two tensors side by side.
 //
 // `one`: x is read once; a block, or a cluster of 2-8 blocks that exchange their statistics through distributed shared
 // memory, keeps a slab in shared memory. `split`: a kernel for the statistics and one that reads x again, last part
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     slab.finals[thread] = finished(unpacked(slab.elements(slab.size), slab.results[thread]), args.eps);
   }
   __syncthreads();
-  slab.normalise([&](int i, int64_t, const auto& addend, float(&h)[kWidth]) { slab.from_tile(i, addend, h); });
+  slab.normalise(
+      [&](int i, int64_t, const T*, const auto& addend, float(&h)[kWidth]) { slab.from_tile(i, addend, h); });
   if (plan.parts > 1) finish_exchange();
 }
 
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
     if (lane == 0) slab.finals[group] = finished(total, args.eps);
   }
   __syncthreads();
-  slab.normalise([&](int, int64_t index, const auto& addend, float(&h)[kWidth]) {
-    slab.complete(slab.load_x(index), addend, index, h);
+  slab.normalise([&](int, int64_t index, const T* from, const auto& addend, float(&h)[kWidth]) {
+    slab.complete(Cell<T, kWidth>::load(from), addend, index, h);
   });
 }
 

@@ -15,7 +15,7 @@ struct Slab {
   const GroupNormArgs& args;
   const GroupNormPlan& plan;
   int64_t part, sample, first_channel, first_group;
-  int64_t base;              // index of the slab's first element
+  int64_t base;              // index of the slab's first element in y
   int64_t begin, size;       // chunks of this part
   int per_group;             // channels
   float4 *results, *finals;  // for each group, as `packed` and `finished` give them
@@ -50,8 +50,27 @@ struct Slab {
     return static_cast<float>(chunks * kWidth / plan.groups);
   }
 
-  // Calls f(i, index) for this thread's share of the chunks first .. first + count: i counted from `first`, index that
-  // of the chunk's first element. Before a chunk of other channels comes prepare(c), c its first channel in the slab.
+  // Where a chunk in row 0 of the slab, channels-last, or in a contiguous slab begins in its input, and how far on the
+  // next row is there.
+  struct Input {
+    const T* from;
+    int64_t row_stride;
+  };
+
+  // `channel` and `offset` are the chunk's first in the slab.
+  __device__ __forceinline__ Input input_at(int channel, int64_t offset) const {
+    const int64_t of_x = args.x_channels, of_second = args.channels - of_x, c = first_channel + channel;
+    const bool second = c >= of_x;
+    const T* from = static_cast<const T*>(second ? args.second.data : args.x.data);
+    const int64_t channels = second ? of_second : of_x, skipped = second ? of_x : 0;
+    const int64_t sample_begin = sample * channels * args.spatial;
+    if (kLast) return {from + sample_begin + c - skipped, channels};
+    return {from + sample_begin + (first_channel - skipped) * args.spatial + offset, 0};
+  }
+
+  // Calls f(i, index, from) for this thread's share of the chunks first .. first + count: i counted from `first`, index
+  // that of the chunk's first element in y, from where it lies in x or in the second input. Before a chunk of other
+  // channels comes prepare(c), c its first channel in the slab.
   template <class P, class F>
   __device__ __forceinline__ void walk(int64_t first, int count, P&& prepare, F&& f) const {
     const int thread = threadIdx.x, columns = plan.columns;
@@ -63,10 +82,13 @@ struct Slab {
       for (int column = thread - line * columns; column < columns; column += plan.threads) {
         prepare(column * kWidth);
         int64_t index = base + (first_row + line) * plan.row_stride + column * kWidth;
+        const Input input = input_at(column * kWidth, 0);
+        const T* from = input.from + (first_row + line) * input.row_stride;
 #pragma unroll(UNROLL)
         for (int i = line * columns + column; i < count; i += lines * columns) {
-          f(i, index);
+          f(i, index, from);
           index += lines * plan.row_stride;
+          from += lines * input.row_stride;
         }
       }
     } else {
@@ -77,7 +99,8 @@ struct Slab {
 #pragma unroll(UNROLL)
       for (int i = thread; i < count; i += plan.stride) {
         prepare(row);
-        f(i, base + (first + i) * kWidth);
+        const int64_t offset = (first + i) * kWidth;
+        f(i, base + offset, input_at(row, offset).from);
         row += row_step;
         column += column_step;
         if (column >= columns) column -= columns, ++row;
@@ -117,10 +140,6 @@ struct Slab {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) h[j] += residual[j];
     }
-  }
-
-  __device__ __forceinline__ Cell<T, kWidth> load_x(int64_t index) const {
-    return Cell<T, kWidth>::load(static_cast<const T*>(args.x.data) + index);
   }
 
   // h of chunk i of the tile.
@@ -193,8 +212,8 @@ struct Slab {
     float2 totals[kWidth] = {};
     Addend addend;
     const auto prepare = [&](int channel) { prepare_addend(addend, channel); };
-    walk(first, count, prepare, [&](int i, int64_t index) {
-      const Cell<T, kWidth> x = load_x(index);
+    walk(first, count, prepare, [&](int i, int64_t index, const T* from) {
+      const auto x = Cell<T, kWidth>::load(from);
       float h[kWidth];
       complete(x, addend, index, h);
       if (args.residual.data) {
@@ -219,7 +238,7 @@ struct Slab {
 #pragma unroll
       for (int j = 0; j < CHANNELS; ++j) mean[j] = sums[kLast ? group_of(channel + j) : 0].x / elements_here;
     };
-    walk(first, count, prepare_mean, [&](int i, int64_t) {
+    walk(first, count, prepare_mean, [&](int i, int64_t, const T*) {
       float h[kWidth];
       from_tile(i, addend, h);
 #pragma unroll
@@ -240,7 +259,7 @@ struct Slab {
     }
   }
 
-  // y of this part; `finals` is complete. get(i, index, addend, h) gives a chunk.
+  // y of this part; `finals` is complete. get(i, index, from, addend, h) gives a chunk.
   template <class F>
   __device__ __forceinline__ void normalise(F&& get) const {
     float mean[CHANNELS], scale[CHANNELS], shift[CHANNELS];
@@ -258,9 +277,9 @@ struct Slab {
         shift[j] = bias[j] - final.y * scale[j];
       }
     };
-    walk(begin, static_cast<int>(size), prepare, [&](int i, int64_t index) {
+    walk(begin, static_cast<int>(size), prepare, [&](int i, int64_t index, const T* from) {
       float h[kWidth];
-      get(i, index, addend, h);
+      get(i, index, from, addend, h);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const int c = kLast ? j : 0;

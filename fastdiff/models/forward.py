@@ -44,7 +44,8 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What is compiled or traced is the module's own code, in which no state of ours is looked up.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.original(*args, **kwargs)
+            owner = self.owner
+            return type(owner).forward(owner, *args, **kwargs)
         return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,8 +12,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastdiff.ops.reference import memory_format
 from fastdiff.ops.registry import Backend, KernelBackend, noise_dtype, sample_size
 
 ON_CUDA = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu")
@@ -89,12 +91,12 @@ class _Native(KernelBackend):
 
 
 def _group_norm_silu_limits(x: Tensor, groups: int, *args: Any) -> str | None:
-    if args[-2] is not None:
-        return "it has no kernel for a second input yet"
-    if x.is_cuda and not x.is_contiguous() and x.shape[1] // groups > MAX_CUDA_GROUP:
-        return (
-            f"its CUDA kernel takes channels-last groups of up to {MAX_CUDA_GROUP} channels, not {x.shape[1] // groups}"
-        )
+    second = args[-2]
+    if not x.is_cuda or memory_format(x, second) == torch.contiguous_format:
+        return None
+    size = (x.shape[1] + (0 if second is None else second.shape[1])) // groups
+    if size > MAX_CUDA_GROUP:
+        return f"its CUDA kernel takes channels-last groups of up to {MAX_CUDA_GROUP} channels, not {size}"
     return None
 
 

@@ -49,10 +49,6 @@ class _Triton(KernelBackend):
         return import_module(f"fastdiff.kernels.{self.operator}").run(*args)
 
 
-def _group_norm_silu_limits(*args: Any) -> str | None:
-    return None if args[-2] is None else "it has no kernel for a second input yet"
-
-
 def _attention_limits(q: Tensor, *_: Any) -> str | None:
     return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}" if q.shape[-1] > MAX_HEAD_DIM else None
 
@@ -83,7 +79,7 @@ BACKENDS: dict[str, Backend] = {
     "sampler_step": _Triton("sampler_step", 2),
     "add_noise": _Triton("add_noise", 1),
     "philox_normal": _Triton("philox_normal", 0),
-    "group_norm_silu": _Triton("group_norm_silu", 1, _group_norm_silu_limits),
+    "group_norm_silu": _Triton("group_norm_silu", 1),
     "attention": _Triton("attention", 3, _attention_limits, _attention_cedes),
     "guidance_weights": _Triton("guidance_weights", 1),
     "dynamic_threshold": _Triton("dynamic_threshold", 2, sample_size(2**30)),

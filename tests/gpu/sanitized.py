@@ -45,6 +45,8 @@ def norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: torch.
     weight, addend = torch.ones(shape[1], device="cuda"), torch.ones(shape[:2], device="cuda")
     ops.group_norm_silu(x, groups)
     ops.group_norm_silu(x, groups, weight, weight, addend=addend, residual=x, return_sum=True)
+    weight, addend = torch.ones(2 * shape[1], device="cuda"), torch.ones(shape[0], 2 * shape[1], device="cuda")
+    ops.group_norm_silu(x, groups, weight, weight, addend=addend, second=x, return_sum=True)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from inputs import DTYPES, LAYOUTS, normal
 from tolerance import assert_close_to_truth
 
 from fastdiff.ops import reference
+from fastdiff.ops.reference import memory_format
 
 SHAPES = {
     "one_element": ((1, 1, 1, 1), 1),
@@ -49,12 +50,14 @@ def arguments(shape: tuple[int, ...], groups: int, variant: str, dtype: torch.dt
         "silu" in on,
         normal(samples, channels, seed=3, dtype=parameters) if "addend" in on else None,
         normal(*shape, seed=4, dtype=dtype).contiguous(**like) if "residual" in on else None,
+        None,
         "sum" in on,
     )
 
 
-def eager(x, groups, weight, bias, eps, silu, addend, residual, _):
+def eager(x, groups, weight, bias, eps, silu, addend, residual, second, _):
     """What plain PyTorch gives in x's dtype."""
+    x = x if second is None else torch.cat([x, second], dim=1)
     h = x.contiguous() if addend is None else x.contiguous() + addend.to(x.dtype)[..., None, None]
     h = h if residual is None else h + residual
     weight, bias = (None if value is None else value.to(x.dtype) for value in (weight, bias))
@@ -109,7 +112,35 @@ def test_several_tiles_in_a_part(shim: Launchers) -> None:
 def test_unaligned_addresses(shim: Launchers, shift: int) -> None:
     args = arguments((2, 16, 4, 4), 4, "all", torch.float16, "contiguous")
     moved = [torch.empty(a.numel() + shift, dtype=a.dtype)[shift:].view(a.shape).copy_(a) for a in (args[0], args[7])]
-    check(shim, (moved[0], *args[1:7], moved[1], args[8]))
+    check(shim, (moved[0], *args[1:7], moved[1], *args[8:]))
+
+
+def joined(args: tuple[Any, ...], of_x: int) -> tuple[Any, ...]:
+    """The same arguments, the channels from `of_x` on being a second input."""
+    layout = {"memory_format": memory_format(args[0])}
+    parts = [part.contiguous(**layout) for part in (args[0][:, :of_x], args[0][:, of_x:])]
+    return (parts[0], *args[1:7], None, parts[1], args[9])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("shape", "of_x"),
+    [("odd", 3), ("short_rows", 24), ("one_channel_a_group", 8), ("no_divisor", 256), ("several_parts", 3)],
+)
+def test_a_second_input(shim: Launchers, shape: str, of_x: int, device: str, dtype: str, layout: str) -> None:
+    """Its border inside a group and between groups, where eight channels go together and where they do not."""
+    args = arguments(*SHAPES[shape], "all", DTYPES[dtype], layout)
+    check(shim, joined(args, of_x), **DEVICES[device])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("of_x", [3, 8])
+def test_a_second_input_of_a_large_slab(shim: Launchers, of_x: int, device: str, layout: str) -> None:
+    args = arguments((1, 16, 80, 96), 2, "affine", torch.float32, layout)
+    check(shim, joined(args, of_x), **DEVICES[device])
 
 
 @pytest.mark.parametrize("left_out", ["barriers", "cluster_barriers"])

@@ -12,6 +12,7 @@ import torch
 
 FILES = (
     *("test_philox_normal.py", "test_add_noise.py", "test_group_norm_silu.py"),
+    "test_group_norm_silu_second.py",
     *("test_sampler_step.py", "test_sampler_step_guidance.py", "test_sampler_step_kept.py"),
     *("test_guidance_weights.py", "test_dynamic_threshold.py", "test_langevin_step_size.py"),
     *("test_geglu.py", "test_layer_norm_modulate.py"),

@@ -75,6 +75,7 @@ GroupNormArgs group_norm_args(const int64_t* sizes, const Tensor* t, float eps) 
   args.groups = sizes[3];
   args.channels_last = sizes[4] != 0;
   args.silu = sizes[5] != 0;
+  args.x_channels = sizes[6];
   args.eps = eps;
   args.x = t[0].array();
   args.weight = t[1].array();
@@ -83,6 +84,7 @@ GroupNormArgs group_norm_args(const int64_t* sizes, const Tensor* t, float eps) 
   args.residual = t[4].array();
   args.y = t[5].array();
   args.sum = t[6].array();
+  args.second = t[7].array();
   return args;
 }
 
