@@ -149,17 +149,23 @@ class ControlNet(Trunk):
             maps = [each.mean(dim=(2, 3), keepdim=True) for each in maps]
         return maps[:-1], maps[-1]
 
+    def fits(self, picture: Tensor, sample: Tensor) -> bool:
+        """Whether controlnet_cond has the shape that goes with a sample's."""
+        scale = 2**self.controlnet_cond_embedding.halvings
+        return (
+            picture.dim() == sample.dim() == 4
+            and picture.shape[1] == self.config["conditioning_channels"]
+            and len(picture) in (1, len(sample))
+            and all(-(-of // scale) == size for of, size in zip(picture.shape[2:], sample.shape[2:], strict=True))
+        )
+
     def _condition(self, picture: Tensor, sample: Tensor) -> Tensor:
-        channels, halvings = self.config["conditioning_channels"], self.controlnet_cond_embedding.halvings
-        if picture.dim() != 4 or picture.shape[1] != channels or len(picture) not in (1, len(sample)):
+        if not self.fits(picture, sample):
+            count, _, height, width = sample.shape
+            scale, channels = 2**self.controlnet_cond_embedding.halvings, self.config["conditioning_channels"]
             raise InputError(
                 f"ControlNet: controlnet_cond has shape {tuple(picture.shape)}; "
-                f"expected ({len(sample)}, {channels}, H, W)"
-            )
-        if any(-(-of // 2**halvings) != size for of, size in zip(picture.shape[2:], sample.shape[2:], strict=True)):
-            raise InputError(
-                f"ControlNet: controlnet_cond has {tuple(picture.shape[2:])} pixels, sample {tuple(sample.shape[2:])}; "
-                f"expected {2**halvings} times as many along each side"
+                f"expected {(count, channels, scale * height, scale * width)}"
             )
         if self.config["controlnet_conditioning_channel_order"] == "bgr":
             picture = picture.flip(1)

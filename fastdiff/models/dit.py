@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
 from fastdiff.models.attention import PackedAttention
+from fastdiff.models.caches import RunCache
 from fastdiff.models.context import Context
 from fastdiff.models.embeddings import Sinusoids
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.modulation import FIXED_EPS, TIME_FEATURES, AdaptiveNorm, Pending, modulated
 from fastdiff.models.patches import PatchEmbedding
 from fastdiff.models.rewrites import Rewrites
-from fastdiff.models.runs import RunCache, locate
+from fastdiff.models.times import locate
 
 __all__ = ["DiT", "complete"]
 
@@ -182,8 +183,8 @@ class DiT(nn.Module):
 
     def _table(self, t: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], int] | None:
         """The modulations of all steps (steps, N, ...) and which of them this is; None where there is no table."""
-        place = locate(t)
-        if place is None or self.training:
+        place = None if torch.compiler.is_compiling() or self.training else locate(t)
+        if place is None:
             return None
         times, step = place
         channels = (6 * len(self.transformer_blocks) + 2) * self.norm_out.normalized_shape[0]

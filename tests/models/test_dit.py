@@ -18,7 +18,7 @@ from fastdiff import InputError
 from fastdiff.models.dit import DiT
 from fastdiff.models.patches import positions
 from fastdiff.models.rewrites import Rewrites, names
-from fastdiff.models.runs import locate
+from fastdiff.models.times import locate
 
 SMALL = {
     "num_attention_heads": 2,
