@@ -243,7 +243,8 @@ def _transformer(
     check(sides[0] == sides[1] > 0)
     check(isinstance(timestep, Tensor) and timestep.dim() == 1 and len(timestep) in (1, count))
     check(isinstance(class_labels, Tensor) and class_labels.shape == (count,) and class_labels.dtype == torch.int64)
-    assert timestep is not None and class_labels is not None
+    assert timestep is not None
+    assert class_labels is not None
     result = network(hidden_states, timestep, class_labels)
     return output(module, "Transformer2DModelOutput", result, return_dict)
 

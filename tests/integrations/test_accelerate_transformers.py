@@ -1,4 +1,4 @@
-"""fastdiff.accelerate on diffusers' DiT and ControlNet: the library's results, and its own code where ours has to stop."""
+"""fastdiff.accelerate on diffusers' DiT and ControlNet: the library's results, in its classes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import ControlNetModel, DiTTransformer2DModel
 from inputs import normal
-from test_controlnet import CASES as CONTROLNETS
-from test_controlnet import call as control
-from test_controlnet import library as controlnet
-from test_dit import CASES as TRANSFORMERS
-from test_dit import inputs
-from test_dit import library as transformer
+from models.test_controlnet import CASES as CONTROLNETS
+from models.test_controlnet import call as control
+from models.test_controlnet import library as controlnet
+from models.test_dit import CASES as TRANSFORMERS
+from models.test_dit import inputs
+from models.test_dit import library as transformer
 from tolerance import assert_close_to_truth
 
 import fastdiff
