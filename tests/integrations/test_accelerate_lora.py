@@ -46,7 +46,7 @@ def output(network: nn.Module) -> Tensor:
     fastdiff.report(reset=True)
     with torch.no_grad():
         actual = network(X, T, TEXT).sample
-        assert fastdiff.report().calls["group_norm_silu", "native"] > 0
+        assert any(name == "group_norm_silu" for name, _ in fastdiff.report().calls)
         expected = type(network).forward(network, X, T, TEXT).sample
     assert relative_error(actual, expected) < 1e-5
     return actual

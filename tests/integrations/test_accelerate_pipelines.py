@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from drop_in import relative
-from tiny_pipelines import NO_SAFETY, NO_TEXT, PROMPT, make, unet, vae
+from tiny_pipelines import NO_SAFETY, NO_TEXT, PIPELINES, PROMPT, make, unet, vae
 from torch import nn
 
 import fastdiff
@@ -45,10 +45,11 @@ def test_an_accelerated_pipeline_draws_the_same(kind: str) -> None:
     assert type(pipe.scheduler) is drop_in.DDIMScheduler
     actual = images(kind, pipe)
     calls = fastdiff.report().calls
-    assert calls["sampler_step", "native"] == STEPS
+    count = {name: sum(n for (each, _), n in calls.items() if each == name) for name, _ in calls}
+    assert count["sampler_step"] == STEPS
     assert relative(torch.tensor(actual), torch.tensor(expected)) < 1e-4
     if kind != "DiT":
-        assert calls["group_norm_silu", "native"] > STEPS
+        assert count["group_norm_silu"] > STEPS
         assert any(name.startswith("unet (UNet2D") for name in fastdiff.report().networks)
     fastdiff.restore(pipe)
     assert type(pipe.scheduler) is diffusers.DDIMScheduler
