@@ -108,6 +108,7 @@ class ControlNet(Trunk):
         self.controlnet_down_blocks = nn.ModuleList(_zero(nn.Conv2d(size, size, 1)) for size in stored)
         self.controlnet_mid_block = _zero(nn.Conv2d(sizes[-1], sizes[-1], 1))
         self._times = TimeTables(block for block in self.modules() if isinstance(block, ResnetBlock))
+        self._time_runs = self._times.runs
 
     def forward(
         self,

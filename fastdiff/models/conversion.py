@@ -61,6 +61,12 @@ class Conversion:
             for cache in self._shared.caches():
                 cache.clear()
 
+    def end(self) -> None:
+        """Leaves the module as it was found."""
+        self.enabled = False
+        if self._shared is not None:
+            self._shared.unpack()
+
     def module(self) -> nn.Module | None:
         return self._module()
 
@@ -110,7 +116,7 @@ class Conversion:
 
     def _ready(self, module: nn.Module) -> Shared:
         """The network for the configuration that the module has now."""
-        config = module.config
+        config: Any = module.config
         if self._shared is None or self._config is not config:
             with self._lock:
                 if self._shared is None or (self._config is not config and dict(self._config) != dict(config)):
@@ -163,7 +169,7 @@ class Entry(Forward):
         return self.original(*args, **kwargs)
 
     def undo(self) -> None:
-        self._conversion.enabled = False
+        self._conversion.end()
         networks.forget(self._conversion)
 
     def copied(self, owner: nn.Module, memo: dict[int, Any]) -> Any:

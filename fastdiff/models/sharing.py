@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastdiff.errors import InputError
+from fastdiff.models.attention import PackedAttention
 from fastdiff.models.caches import Cache
 from fastdiff.models.forward import Forward
 
@@ -194,6 +195,14 @@ class Shared:
     def _weighted(self) -> list[dict[str, Any]]:
         return [held for held in self._state.holders if held["_parameters"].get("weight") is not None]
 
+    def _attentions(self) -> Iterator[PackedAttention]:
+        return (module for module in self._inner if isinstance(module, PackedAttention))
+
+    def unpack(self) -> None:
+        """Gives the parameters that lie side by side memory of their own again."""
+        for attention in self._attentions():
+            attention.unpack()
+
     def _link(self, original: nn.Module) -> None:
         state = _State(changes=_changes)
         state.reason = self._examine(original, "", state)
@@ -205,6 +214,9 @@ class Shared:
                 lender = original.get_submodule(path)
                 # The very dictionaries, so that a parameter put into one is in the other.
                 vars(module).update(_parameters=lender._parameters, _buffers=lender._buffers)
+            if self.network.rewrites.qkv:  # type: ignore[union-attr]
+                for attention in self._attentions():
+                    attention.pack()
         for cache in self.caches():
             cache.clear()
         state.fix()

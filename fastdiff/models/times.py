@@ -37,7 +37,7 @@ class TimeTables:
 
     def __init__(self, blocks: Iterable[ResnetBlock]) -> None:
         self._blocks = list(blocks)
-        self._runs = Cache(RUNS)
+        self.runs = Cache(RUNS)
 
     def find(
         self,
@@ -65,7 +65,7 @@ class TimeTables:
         if any(tensor.is_inference() for tensor in tensors):
             return None
         key = (samples, *(value is None for value in conditions))
-        run: _Run = self._runs.get(key, tensors, _Run)
+        run: _Run = self.runs.get(key, tensors, _Run)
         if not run.begun:
             # Whoever makes the conditions anew for each step would have a whole table made for each.
             run.begun = True

@@ -39,6 +39,7 @@ class UNet(Trunk):
         self._up_layers = [layers + 1 for layers in reversed(c.layers_per_block)]
         self.conv_norm_out = GroupNormSiLU(c.norm_num_groups, first, eps=c.norm_eps)
         self._times = TimeTables(block for block in self.modules() if isinstance(block, ResnetBlock))
+        self._time_runs = self._times.runs
         self.conv_out = nn.Conv2d(first, c.out_channels, c.conv_out_kernel, padding=(c.conv_out_kernel - 1) // 2)
 
     def forward(
