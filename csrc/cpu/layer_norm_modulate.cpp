@@ -114,8 +114,8 @@ class Rows {
         });
     // `near` is the mean up to rounding, which `rest` makes up for.
     const float rest = sum_of(sum) / n;
-    const float variance = sum_of(squares) / n - rest * rest;
-    const float inverse = 1.0f / std::sqrt((variance > 0.0f ? variance : 0.0f) + args_.eps);
+    const double variance = static_cast<double>(sum_of(squares)) / n - static_cast<double>(rest) * rest;
+    const float inverse = static_cast<float>(1.0 / std::sqrt((variance > 0.0 ? variance : 0.0) + args_.eps));
     T* y = static_cast<T*>(args_.y.data) + row * args_.channels;
     for_blocks(
         args_.channels, false, [&](int64_t i, auto width) __attribute__((always_inline)) {

@@ -34,7 +34,7 @@ static inline __attribute__((always_inline)) Floats two_to(Floats v) {
                    fraction);
   }
 #if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(0xFFFF, p, v);
+  return _mm512_maskz_scalef_ps(0xFFFF, p, v - fraction);
 #else
   return p * reinterpret_cast<Floats>((reinterpret_cast<Ints>(integer) << 23) + 0x3F800000);
 #endif
