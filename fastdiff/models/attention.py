@@ -110,7 +110,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if context.rewrites.geglu:
             return self.net[2](self.net[0](x))
-        value, gate = self.net[0].proj(x).chunk(2, dim=-1)  # type: ignore[operator, union-attr]
+        value, gate = self.net[0].proj(x).chunk(2, dim=-1)  # type: ignore[operator]
         return self.net[2](value * F.gelu(gate))
 
 

@@ -30,8 +30,9 @@ class Sum:
         return self._total
 
     def normed(self, norm: GroupNormSiLU, *, keep: bool) -> Tensor:
-        if self._terms is None:
-            return _fused(norm, self._total)
+        if self._terms is None or self._terms[0].dtype != self._terms[1].dtype:
+            # Of two dtypes the addition chooses one.
+            return _fused(norm, self.total())
         a, b = self._terms
         if not keep:
             return _fused(norm, a, residual=b)

@@ -30,7 +30,7 @@ def product(leaves: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     if together is None:
         return tuple(leaf(x) for leaf in leaves)
     weight, bias = together
-    sizes = [leaf.weight.shape[0] for leaf in leaves]  # type: ignore[union-attr, index]
+    sizes = [leaf.weight.shape[0] for leaf in leaves]  # type: ignore[index]
     return torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
 
 

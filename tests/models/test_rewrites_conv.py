@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -418,3 +419,26 @@ def test_a_folded_weight_follows_its_convolution(layout):
     network.rewrites = Rewrites.none()
     torch.testing.assert_close(after, network(timestep=3, **arguments), rtol=1e-9, atol=1e-10)
     assert not torch.equal(before, after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["odd", "scale-shift", "resampling-blocks", "added-and-controlled"])
+def test_autocast_chooses_the_dtypes_as_without_rewrites(layout):
+    network, arguments = LAYOUTS[layout].network(), LAYOUTS[layout].arguments()
+    truth = eager(layout)[1]
+    arguments = _single(arguments)
+    network.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = [network(timestep=t, **arguments) for t in TIMES[:2]][1]
+        network.rewrites = Rewrites.none()
+        plain = network(timestep=TIMES[1], **arguments)
+    assert actual.dtype == plain.dtype == torch.bfloat16
+    assert_close_to_truth(actual, truth, plain)
+
+
+def _single(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _single(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_single(inner) for inner in value]
+    return value.float() if value.is_floating_point() else value
