@@ -1,7 +1,7 @@
 """What each exact rewrite saves in one forward, counted: `python -m benchmarks.rewrites [--write]`.
 
-It prints the CSV, or writes it and the table in fastdiff/models/README.md. The rewrites are turned on one after another;
-a row stands for its rewrite and all above it. What is remembered from an earlier call is there already.
+It prints the CSV, or writes it and the table in fastdiff/models/README.md. The rewrites are turned on one after
+another; a row stands for its rewrite and all above it. What is remembered from an earlier call is there already.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ README = ROOT / "fastdiff" / "models" / "README.md"
 COLUMNS = ("network", "rewrite", "launches", "flops", "bytes")
 OUTSIDE = ("sampler_step",)
 """Rewrites of what happens between two forwards."""
+
+_START = {"diffusers": "diffusers", "none": "fastdiff, no rewrite"}
 
 _STAGES = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 _AUTOENCODER = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, **_STAGES}
@@ -117,6 +119,8 @@ def steps(layout: Layout) -> list[tuple[str, Cost]]:
             if name != "none":
                 on = Rewrites.parse([*(each for each in names() if getattr(on, each)), name])
             network.rewrites = on  # type: ignore[assignment]
+            # A run's times are projected in its second call.
+            call()
             call()
             found.append((name, count(call).total))
     return found
@@ -136,6 +140,12 @@ def rows(layouts: Iterable[Layout]) -> list[dict[str, str]]:
     ]
 
 
+def read() -> list[dict[str, str]]:
+    """The rows of the CSV that was written."""
+    with CSV.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def text(found: Sequence[Mapping[str, str]]) -> str:
     """The CSV."""
     buffer = io.StringIO()
@@ -146,7 +156,7 @@ def text(found: Sequence[Mapping[str, str]]) -> str:
 
 
 def markdown(found: Sequence[Mapping[str, str]]) -> str:
-    """A table for each network, with a row for each step that changes a number, and those that change none below it."""
+    """A table for each network: a row for each step that changes a number, and below it those that change none."""
     parts = []
     for title in dict.fromkeys(row["network"] for row in found):
         lines = [f"## {title}", "", "| | launches | GFLOP | GB |", "|---|--:|--:|--:|"]
@@ -176,14 +186,14 @@ def readme(found: Sequence[Mapping[str, str]]) -> str:
             "",
             "Made by `python -m benchmarks.rewrites --write`; do not edit it.",
             "",
-            "Each network computes the function of diffusers' own, with its parameters. What it does less of is a set of",
-            "rewrites, each of which leaves the function as it is and can be turned off:",
+            "Each network computes the function of diffusers' own, with its parameters, in less work. That is a set of",
+            "rewrites; each leaves the function as it is and can be turned off:",
             "",
             *what,
             "",
             "What one forward costs in float16, counted on fake tensors, not timed. Each row has its rewrite and those",
-            "above it. Launches are calls of operators that compute something, with a convolution's bias as one more;",
-            "FLOP are those of convolutions, matrix products and attention; bytes are what the operators read and write.",
+            "above it. Launches are calls of operators that compute something, a convolution's bias being one more;",
+            "FLOP are those of convolutions, products and attention; bytes are what the operators read and write.",
             "",
             markdown(found),
             "",
@@ -205,7 +215,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _made(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _made(item) for key, item in value.items()}
-    made: Tensor = torch.full(value, 500) if value == () else torch.zeros(value, dtype=torch.float16)
+    # A time is an element of its run's times, as in a pipeline.
+    made: Tensor = torch.arange(50)[7] if value == () else torch.zeros(value, dtype=torch.float16)
     return made
 
 

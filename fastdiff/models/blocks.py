@@ -128,12 +128,12 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, padding: int) -> None:
         super().__init__()
-        self.padded = padding == 0
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.padding = padding
 
     def forward(self, x: Map, context: Context) -> Tensor:
         x = total(x)
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padded else x)
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

@@ -41,8 +41,8 @@ def library(dtype: torch.dtype = torch.float32, **changes: Any) -> diffusers.Aut
 
 def results(vae: diffusers.AutoencoderKL, samples: int = 2) -> list[torch.Tensor]:
     """Means and deviations of a picture's latents, and the picture of other latents."""
-    dtype = vae.encoder.conv_in.weight.dtype
-    latents = vae.encode(normal(samples, 3, 37, 26).to(dtype)).latent_dist
+    dtype = next(vae.parameters()).dtype
+    latents = vae.encode(normal(samples, 3, 43, 30).to(dtype)).latent_dist
     return [latents.mean, latents.std, vae.decode(normal(samples, 4, 7, 5, seed=1).to(dtype)).sample]
 
 
@@ -137,11 +137,10 @@ def adapt(vae: diffusers.AutoencoderKL, path: str) -> diffusers.AutoencoderKL:
 
 @pytest.mark.parametrize("path", LAYERS)
 def test_a_layer_that_is_replaced_is_called(path):
-    changes = {"block_out_channels": [24, 24, 16]} if path.endswith("conv_shortcut") else {}
-    vae = fastdiff.accelerate(library(**changes), strict=True)
+    vae = fastdiff.accelerate(library(), strict=True)
     before = results(vae)
     adapt(vae, path)
-    check(vae, adapt(library(torch.float64, **changes), path), adapt(library(**changes), path))
+    check(vae, adapt(library(torch.float64), path), adapt(library(), path))
     assert not all(map(torch.equal, results(vae), before))
 
 
@@ -160,7 +159,7 @@ def test_another_way_of_attention_is_left_alone():
 def test_latent_embeddings_are_left_alone():
     """Only a decoder with other norms takes them: this one says what it says without us."""
     vae = fastdiff.accelerate(library(), strict=True)
-    with pytest.warns(UserWarning, match="it was called with latent_embeds"), pytest.raises(TypeError):
+    with pytest.warns(UserWarning, match="it was called with latent_embeds"), pytest.raises(RuntimeError):
         vae.decoder(normal(1, 4, 5, 5), normal(1, 4, 5, 5))
 
 

@@ -1,0 +1,85 @@
+"""Launches, FLOP and bytes on fake tensors: right on layers counted by hand, and the committed table is their text."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from benchmarks import rewrites
+from benchmarks.count import Cost, count
+from benchmarks.rewrites import Layout
+from fastdiff import ops
+from fastdiff.models import AutoencoderKL
+
+
+def test_a_convolution_its_bias_and_an_activation():
+    with FakeTensorMode():
+        layer, x = nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 5, 7)
+        found = count(lambda: F.silu(layer(x).transpose(2, 3)))
+    out = 2 * 8 * 5 * 7
+    assert found.operators == {
+        "aten::convolution": Cost(1, 2 * out * 3 * 9, 4 * (x.numel() + 8 * 27 + 8 + out)),
+        "bias of aten::convolution": Cost(1, 0, 4 * 2 * out),
+        "aten::silu": Cost(1, 0, 4 * 2 * out),
+    }
+
+
+def test_operators_of_ours():
+    with FakeTensorMode():
+        q, k = torch.zeros(2, 4, 6, 10), torch.zeros(2, 4, 9, 10)
+        x, weight, norm = torch.zeros(1, 8, 5, 3), torch.zeros(4 * 16, 8, 2, 2), torch.zeros(8)
+        attention = count(lambda: ops.attention(q, k, k)).total
+        library = count(lambda: F.scaled_dot_product_attention(q, k, k)).total
+        doubled = count(lambda: ops.upsample_conv(x, weight, None)).total
+        whole = count(lambda: ops.group_norm_silu(x, 4, norm, norm)).total
+    # Twice 2 * 4 heads, 6 queries, 9 keys, 10 channels; k is v.
+    assert attention == Cost(1, 4 * 8 * 6 * 9 * 10, 4 * (2 * q.numel() + k.numel()))
+    assert library.flops == attention.flops
+    assert doubled == Cost(1, 2 * (16 * 10 * 6) * 8 * 4, 4 * (x.numel() + weight.numel() + 16 * 10 * 6))
+    assert whole.launches == 1
+
+
+def test_repeated_and_overwritten_memory_is_counted_as_it_lies():
+    with FakeTensorMode():
+        a, b, row = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(1, 6)
+        table, places = torch.zeros(100, 6), torch.zeros(3, dtype=torch.int64)
+        assert count(lambda: a * row.expand(4, 6)).total.bytes == 4 * (24 + 6 + 24)
+        assert count(lambda: a * a).total.bytes == 4 * (24 + 24)
+        assert count(lambda: a.add_(b)).total.bytes == 4 * (24 + 24 + 24)
+        assert count(lambda: a.copy_(b)).total.bytes == 4 * (24 + 24)
+        assert count(lambda: F.embedding(places, table)).total.bytes == 4 * (18 + 18) + 8 * 3
+        assert count(lambda: a.addmm_(b, torch.zeros(6, 6))).total.flops == 2 * 4 * 6 * 6
+        assert count(lambda: a.view(24)[2:].detach()).total == Cost()
+
+
+def test_the_steps_of_a_small_autoencoder():
+    layout = Layout(
+        "small",
+        diffusers.AutoencoderKL,
+        AutoencoderKL,
+        {"block_out_channels": [8, 8], "norm_num_groups": 4, **_stages(2)},
+        {"sample": (1, 4, 6, 6)},
+        "decoder",
+    )
+    found = dict(rewrites.steps(layout))
+    for what in ("launches", "flops"):
+        assert getattr(found["diffusers"], what) == getattr(found["none"], what), "it is what the library does"
+    # Two residual blocks in the middle and two on each of two resolutions; the attention divides as well.
+    assert found["none"].launches - found["unit_scale"].launches == 2 + 4 + 1
+    # One activation less for each norm but that of the attention.
+    assert found["channels_last"].launches - found["group_norm_silu"].launches == 2 * 6 + 1
+    pixels = 12 * 12
+    assert found["add_layer_norm"].flops - found["upsample_conv"].flops == 2 * pixels * 8 * 8 * (9 - 4)
+
+
+def _stages(count: int) -> dict[str, list[str]]:
+    return {"down_block_types": ["DownEncoderBlock2D"] * count, "up_block_types": ["UpDecoderBlock2D"] * count}
+
+
+def test_the_committed_table_is_made_of_the_committed_csv():
+    found = rewrites.read()
+    assert {row["network"] for row in found} == {layout.title for layout in rewrites.LAYOUTS}
+    assert rewrites.README.read_text(encoding="utf-8") == rewrites.readme(found)
