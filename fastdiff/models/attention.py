@@ -194,13 +194,14 @@ def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, context: C
     if residual is None:
         return norm(x), x
     # Under autocast the two may differ in dtype.
-    if context.rewrites.add_layer_norm and _is_plain_norm(norm) and residual.dtype == x.dtype:
+    if context.rewrites.add_layer_norm and is_plain_norm(norm) and residual.dtype == x.dtype:
         return ops.layer_norm_modulate(x, norm.weight, norm.bias, eps=norm.eps, residual=residual, return_sum=True)
     x = residual + x
     return norm(x), x
 
 
-def _is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether calling this layer is LayerNorm with its weight and bias and nothing else."""
     hooked = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
     return type(norm) is nn.LayerNorm and not hooked
 

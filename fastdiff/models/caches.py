@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Cache"]
+__all__ = ["Cache", "RunCache"]
 
 
 class Cache:
@@ -64,7 +64,26 @@ class Cache:
             self._entries.clear()
 
     def __reduce__(self) -> tuple[type[Cache], tuple[int]]:
-        return Cache, (self._size,)
+        return type(self), (self._size,)
+
+
+class RunCache(Cache):
+    """Tables over the times of a run, each tied to the tensors that it was made of."""
+
+    def table(self, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any | None:
+        """What `make` gives, from the second call with these tensors on; None at the first.
+
+        Tensors that come once, such as labels joined anew for every step, are not worth a table of all steps.
+        """
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+            return None
+        held = self.get(key, tensors, dict)
+        if not held:
+            held["seen"] = True
+            return None
+        if "table" not in held:
+            held["table"] = make()
+        return held["table"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models.autoencoder import AutoencoderKL
+from fastdiff.models.controlnet import ControlNet
+from fastdiff.models.dit import DiT
 from fastdiff.models.unet import UNet
 
 
@@ -144,7 +146,7 @@ def _conditional_unet(
     return output(module, "UNet2DConditionOutput", result, return_dict)
 
 
-def _fits(network: UNet, sample: Tensor, timestep: Any) -> bool:
+def _fits(network: UNet | ControlNet, sample: Tensor, timestep: Any) -> bool:
     if sample.dim() != 4 or sample.shape[1] != network.config["in_channels"]:
         return False
     if not isinstance(timestep, Tensor):
@@ -175,6 +177,82 @@ def _decode(network: AutoencoderKL, module: Any, sample: Tensor, latent_embeds: 
     return network.decoder(sample)
 
 
+def _controlnet(
+    network: ControlNet,
+    module: Any,
+    sample: Tensor,
+    timestep: Tensor | float,
+    encoder_hidden_states: Tensor,
+    controlnet_cond: Tensor,
+    conditioning_scale: float | Tensor = 1.0,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    guess_mode: bool = False,
+    return_dict: bool = True,
+) -> Any:
+    plain_kwargs("cross_attention_kwargs", cross_attention_kwargs)
+    check(timestep_cond is None and network.fits(controlnet_cond, sample))
+    # Without class embeddings the library takes no notice of labels.
+    class_labels = None if network.class_embedding is None else class_labels
+    check(
+        _fits(network, sample, timestep)
+        and isinstance(encoder_hidden_states, Tensor)
+        and len(encoder_hidden_states) == len(sample)
+        and (class_labels is None) == (network.class_embedding is None)
+        and (attention_mask is None or attention_mask.dim() == 2)
+    )
+    if network.config["addition_embed_type"] is not None:
+        check(added_cond_kwargs is not None and {"text_embeds", "time_ids"} <= added_cond_kwargs.keys())
+        check(added_cond_kwargs is not None and len(added_cond_kwargs["text_embeds"]) == len(sample))
+    if not isinstance(timestep, Tensor):
+        kind = torch.float64 if isinstance(timestep, float) else torch.int64
+        timestep = torch.tensor(timestep, dtype=kind, device=sample.device)
+    down, middle = network(
+        sample,
+        timestep,
+        encoder_hidden_states,
+        controlnet_cond,
+        conditioning_scale,
+        class_labels=class_labels,
+        attention_mask=attention_mask,
+        added_cond_kwargs=added_cond_kwargs,
+        guess_mode=guess_mode,
+    )
+    if not return_dict:
+        return down, middle
+    made = sys.modules[type(module).__module__].ControlNetOutput
+    return made(down_block_res_samples=down, mid_block_res_sample=middle)
+
+
+def _transformer(
+    network: DiT,
+    module: Any,
+    hidden_states: Tensor,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = True,
+) -> Any:
+    plain_kwargs("cross_attention_kwargs", cross_attention_kwargs)
+    check(hidden_states.dim() == 4 and hidden_states.shape[1] == network.config["in_channels"])
+    count, sides = len(hidden_states), [size // network.patch for size in hidden_states.shape[2:]]
+    # The library gives every picture back as a square.
+    check(sides[0] == sides[1] > 0)
+    check(isinstance(timestep, Tensor) and timestep.dim() == 1 and len(timestep) in (1, count))
+    check(isinstance(class_labels, Tensor) and class_labels.shape == (count,) and class_labels.dtype == torch.int64)
+    assert timestep is not None
+    assert class_labels is not None
+    result = network(hidden_states, timestep, class_labels)
+    return output(module, "Transformer2DModelOutput", result, return_dict)
+
+
+def _drops_labels(module: nn.Module) -> str | None:
+    return "it is in training mode, where labels are dropped at random" if module.training else None
+
+
 CONVERTERS: dict[str, Converter] = {
     "UNet2DModel": Converter(
         "diffusers.models.unets.unet_2d",
@@ -191,6 +269,17 @@ CONVERTERS: dict[str, Converter] = {
         "diffusers.models.autoencoders.autoencoder_kl",
         lambda config: AutoencoderKL(**{**config, "_class_name": "AutoencoderKL"}),
         {"encoder": _encode, "decoder": _decode},
+    ),
+    "ControlNetModel": Converter(
+        "diffusers.models.controlnets.controlnet",
+        lambda config: ControlNet(**{**config, "_class_name": "ControlNetModel"}),
+        {"": _controlnet},
+    ),
+    "DiTTransformer2DModel": Converter(
+        "diffusers.models.transformers.dit_transformer_2d",
+        lambda config: DiT(**{**config, "_class_name": "DiTTransformer2DModel"}),
+        {"": _transformer},
+        _drops_labels,
     ),
 }
 """By the name of the library's class."""
