@@ -63,7 +63,8 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
     """
     chosen = Rewrites.parse(rewrites)
     if isinstance(target, Model) or _is_ours(target):
-        (target.network if isinstance(target, Model) else target).rewrites = chosen  # type: ignore[attr-defined]
+        network: Any = target.network if isinstance(target, Model) else target
+        network.rewrites = chosen
         return target
     plan = _Plan()
     for name, network in _networks("accelerate", target):

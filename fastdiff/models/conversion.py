@@ -110,7 +110,7 @@ class Conversion:
 
     def _ready(self, module: nn.Module) -> Shared:
         """The network for the configuration that the module has now."""
-        config = module.config
+        config: Any = module.config
         if self._shared is None or self._config is not config:
             with self._lock:
                 if self._shared is None or (self._config is not config and dict(self._config) != dict(config)):
