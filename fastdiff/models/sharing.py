@@ -93,8 +93,6 @@ class _State:
     families: list[tuple[Any, ...]] = field(default_factory=list)
     attentions: list[dict[str, Any]] = field(default_factory=list)
     processors: list[Any] = field(default_factory=list)
-    weights: list[dict[str, Any]] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
     dropouts: list[nn.Module] = field(default_factory=list)
     replaced: list[nn.Module] = field(default_factory=list)
 
@@ -103,13 +101,6 @@ class _State:
         self.hooked = list(map(bool, self.hooks))
         self.families = [tuple(children.values()) for children in self.children]
         self.processors = [held.get("processor") for held in self.attentions]
-        self.addresses = self._addresses()
-
-    def _addresses(self) -> list[int]:
-        try:
-            return list(map(Tensor.data_ptr, map(_weight, self.weights)))
-        except KeyError:
-            return []  # some layer has given its weight up
 
     def holds(self) -> bool:
         return (
@@ -118,11 +109,7 @@ class _State:
             and list(map(bool, self.hooks)) == self.hooked
             and all(map(_same, map(tuple, map(dict.values, self.children)), self.families))
             and all(map(operator.is_, [held.get("processor") for held in self.attentions], self.processors))
-            and self._addresses() == self.addresses
         )
-
-
-_weight = operator.itemgetter("weight")
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -236,8 +223,6 @@ class Shared:
             state.hooks += [held["_forward_hooks"], held["_forward_pre_hooks"]]
         if isinstance(module, nn.Dropout):
             state.dropouts.append(module)
-        if known.shapes.get("weight") is not None:
-            state.weights.append(held["_parameters"])
         if "processor" in held:
             state.attentions.append(held)
         reasons = [_difference(module, path, known)] if path else []

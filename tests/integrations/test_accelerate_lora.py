@@ -116,6 +116,9 @@ def test_loading_from_a_state_dict() -> None:
 def test_a_merge_between_two_calls_leaves_nothing_old() -> None:
     """After it the layers are the same objects, with the same versions, as at the last call."""
     network = unet()
+    add(network, "one")
+    network.unload_lora()
+    output(network)
     plain = output(network)
     layer = network.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
     version = layer.weight._version

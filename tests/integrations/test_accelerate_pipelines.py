@@ -49,7 +49,7 @@ def test_an_accelerated_pipeline_draws_the_same(kind: str) -> None:
     assert count["sampler_step"] == getattr(pipe, "num_timesteps", STEPS)
     assert relative(torch.tensor(actual), torch.tensor(expected)) < 1e-4
     if kind != "DiT":
-        assert count["group_norm_silu"] > STEPS
+        assert count["group_norm_silu"] > count["sampler_step"]
         assert any(name.startswith("unet (UNet2D") for name in fastdiff.report().networks)
     fastdiff.restore(pipe)
     assert type(pipe.scheduler) is diffusers.DDIMScheduler
