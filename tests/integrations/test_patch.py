@@ -291,7 +291,7 @@ def test_a_configuration_of_the_old_object_is_not_shared() -> None:
 def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = text.split("## In other people's pipelines")[1].split("## ")[0]
-    change, patch, k_diffusion = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:3]
+    change, patch, accelerate, k_diffusion = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:4]
     names: dict[str, Any] = {}
     exec(patch.replace("steps=20", "steps=2"), names)
     said = re.search(r"print\(.*?\)\)  # (.*)", patch)
@@ -301,5 +301,7 @@ def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> N
     exec(change, names)
     assert type(names["pipe"].scheduler) is getattr(drop_in, NAME)
     assert names["pipe"].scheduler.config.use_karras_sigmas
+    exec(accelerate, names)
+    assert "unet (UNet2DModel): accelerated" in capsys.readouterr().out
     exec(k_diffusion, names)
     assert abs(float(names["x0"].std()) - 1.0) < 0.05, "normal data, of which the denoiser is exact"
