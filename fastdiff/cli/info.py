@@ -144,12 +144,13 @@ def _ordinary_call(name: str, device: torch.device) -> tuple[Any, ...]:
         "sampler_step": (x, x, torch.zeros(1, 32, device=device), 0, *(None,) * 7, False, False, None),
         "add_noise": (x, per_sample, per_sample, None, seeds, 0, 0),
         "philox_normal": (seeds, [1, 32, 8, 8], 0, 0, torch.float32),
-        "group_norm_silu": (x, 32, weight, weight, 1e-5, True, None, None, False),
+        "group_norm_silu": (x, 32, weight, weight, 1e-5, True, None, None, None, False),
         "attention": (x, x, x, None, 1.0),
         "guidance_weights": (torch.cat([x, x]), torch.zeros(1, 2, device=device), 0.7, False, None),
         "dynamic_threshold": (x, x, torch.zeros(1, 32, device=device), 0, None, None, 0.995, 1.0),
         "langevin_step_size": (x, x, torch.zeros(1, 32, device=device), 0, None, None, None, seeds, 0.16),
         "geglu": (x,),
         "layer_norm_modulate": (x, *(None,) * 4, 1e-5, None, None, False),
+        "upsample_conv": (x, torch.zeros(4 * 32, 32, 2, 2, device=device), weight),
     }
     return calls[name]
