@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/profiler/api.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "step_row.h"
@@ -172,6 +173,28 @@ bool as_tensor(PyObject* value, OptionalTensor& tensor) {
   return true;
 }
 
+// What is not there is None. pybind11's own takes a tenth of a small step.
+template <class... Tensors>
+py::object tuple_of(const Tensors&... tensors) {
+  PyObject* result = PyTuple_New(sizeof...(tensors));
+  if (result == nullptr) throw py::error_already_set();
+  Py_ssize_t place = 0;
+  const auto wrap = [](const OptionalTensor& tensor) {
+    return tensor ? THPVariable_Wrap(*tensor) : Py_NewRef(Py_None);
+  };
+  (PyTuple_SET_ITEM(result, place++, wrap(tensors)), ...);
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// The number of a row; -1 where there is no such row, or no table.
+Py_ssize_t row_in(const OptionalTensor& rows, PyObject* number) {
+  const Py_ssize_t row = PyNumber_AsSsize_t(number, nullptr);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  const bool fits = rows && rows->is_cpu() && rows->scalar_type() == at::kFloat && rows->dim() == 2 &&
+                    rows->size(1) == row::SIZE && rows->is_contiguous() && row < rows->size(0);
+  return fits ? std::max<Py_ssize_t>(row, -1) : -1;
+}
+
 // The most frequent kind of step, checked here, where that takes a tenth of the time: x', and history' and anchor' or
 // None. Nothing where the call is another kind or wrong, which is then found out in fastdiff/ops.
 // arguments: x, model_output, table, row, anchor, history, noise, new_history, new_anchor
@@ -193,32 +216,59 @@ py::object plain_step(PyObject* const* arguments) {
       return py::none();
     }
   }
-  const Py_ssize_t row = PyNumber_AsSsize_t(arguments[3], nullptr);
-  if (PyErr_Occurred()) throw py::error_already_set();
-  if (!rows || !rows->is_cpu() || rows->scalar_type() != at::kFloat || rows->dim() != 2 ||
-      rows->size(1) != row::SIZE || !rows->is_contiguous() || row < 0 || row >= rows->size(0)) {
-    return py::none();
-  }
+  const Py_ssize_t row = row_in(rows, arguments[3]);
+  if (row < 0) return py::none();
   StepArgs args{};
   const Made made = take_step(args, x.contiguous(), dense(model_output), *rows, row, anchor, kept, contiguous(noise),
                               {arguments[7] == Py_True, arguments[8] == Py_True, std::nullopt});
   ++plain_steps;
-  return py::make_tuple(made.x, made.history, made.anchor);
+  return tuple_of(made.x, made.history, made.anchor);
 }
 
-// Called as it is: finding out each argument's type would take longer than the smallest steps.
-PyObject* plain_step_function(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+// A plain step of a row of x and m alone, in one dtype, at a time that has to be a float32 tensor: (x',). Nothing where
+// the call is another kind or wrong.
+// arguments: x, model_output, table, row, timestep
+py::object bare_step(PyObject* const* arguments) {
+  PyObject* time = arguments[4];
+  if (!unobserved(arguments[0], arguments[1]) || !THPVariable_CheckExact(time) ||
+      THPVariable_Unpack(time).scalar_type() != at::kFloat) {
+    return py::none();
+  }
+  const Tensor &x = THPVariable_Unpack(arguments[0]), &model_output = THPVariable_Unpack(arguments[1]);
+  const at::IntArrayRef sizes = x.sizes();
+  const bool recording = c10::GradMode::is_enabled();
+  OptionalTensor rows;
+  if (!as_tensor(arguments[2], rows)) return py::none();
+  const Py_ssize_t row = row_in(rows, arguments[3]);
+  if (row < 0 || sizes.empty() || x.numel() == 0 || x.scalar_type() != model_output.scalar_type() ||
+      !plain(x, sizes, recording) || !plain(model_output, sizes, recording)) {
+    return py::none();
+  }
+  StepArgs args{};
+  const OptionalTensor none[3];
+  const Made made =
+      take_step(args, x.contiguous(), dense(model_output), *rows, row, none[0], none, none[0], {false, false, std::nullopt});
+  ++plain_steps;
+  return tuple_of(made.x);
+}
+
+// Called as they are: finding out each argument's type would take longer than the smallest steps.
+template <py::object (*step)(PyObject* const*), Py_ssize_t expected>
+PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 9) {
-    PyErr_SetString(PyExc_TypeError, "plain_step: expected 9 arguments");
+  if (count != expected) {
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
     return nullptr;
   }
-  return plain_step(arguments).release().ptr();
+  return step(arguments).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef plain_step_method = {"plain_step", reinterpret_cast<PyCFunction>(plain_step_function), METH_FASTCALL,
-                                 nullptr};
+template <py::object (*step)(PyObject* const*), Py_ssize_t expected>
+void define(py::module_& m, const char* name) {
+  static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(&called<step, expected>), METH_FASTCALL, nullptr};
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
+}
 
 Tensor guidance_weights(const Tensor& model_output, const Tensor& weights, double rescale, bool perpendicular,
                         const std::optional<int64_t>& channels) {
@@ -280,7 +330,8 @@ Tensor langevin_step_size(const Tensor& state, const Tensor& model_output, const
 
 void register_steps(py::module_& m) {
   m.def("sampler_step", &sampler_step);
-  m.attr("plain_step") = py::reinterpret_steal<py::object>(PyCFunction_New(&plain_step_method, nullptr));
+  define<&plain_step, 9>(m, "plain_step");
+  define<&bare_step, 5>(m, "bare_step");
   m.def("take_plain_steps", [] { return plain_steps.exchange(0); });
   m.def("guidance_weights", &guidance_weights);
   m.def("dynamic_threshold", &dynamic_threshold);

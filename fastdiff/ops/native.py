@@ -54,8 +54,15 @@ def plain_step() -> Callable[..., Any] | None:
     return None if isinstance(module, str) else module.plain_step
 
 
+@cache
+def bare_step() -> Callable[..., Any] | None:
+    """The same for a row of nothing but x and the model output, or None."""
+    module = extension()
+    return None if isinstance(module, str) else module.bare_step
+
+
 def take_plain_steps() -> int:
-    """How many calls `plain_step` has taken since this was last asked."""
+    """How many calls `plain_step` and `bare_step` have taken since this was last asked."""
     module = extension()
     return 0 if isinstance(module, str) else int(module.take_plain_steps())
 

@@ -1,8 +1,14 @@
 """Flow matching against diffusers at every step."""
 
+import contextlib
+
 import pytest
 import torch
 from drop_in import assert_close_in_half, assert_parity, pair, relative
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastdiff
+from fastdiff.ops import native
 
 EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 DYNAMIC = {"use_dynamic_shifting": True}
@@ -190,6 +196,40 @@ def test_an_index_is_refused(name, timestep):
         scheduler.set_timesteps(5)
         with pytest.raises(ValueError, match="timesteps"):
             scheduler.step(x, timestep, x)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dispatch mode", "subclass", "gradient", "other backend", "other sizes"])
+def test_the_short_way_is_for_steps_that_nobody_watches(kind):
+    ours, theirs = pair(EULER, {})
+    generator = torch.Generator().manual_seed(0)
+    x, m = torch.randn(2, 1, 3, 4, generator=generator)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(5)
+        scheduler.step(m, scheduler.timesteps[0], x, return_dict=False)
+    native.take_plain_steps()
+    m = {
+        "subclass": m.as_subclass(type("Own", (torch.Tensor,), {})),
+        "gradient": m.clone().requires_grad_(),
+        "other sizes": m[:, :1],
+    }.get(kind, m)
+    watching = {"dispatch mode": FlopCounterMode(display=False), "other backend": fastdiff.use_backend("reference")}
+    with watching.get(kind, contextlib.nullcontext()):
+        (made,) = ours.step(m, ours.timesteps[1], x, return_dict=False)
+    assert native.take_plain_steps() == (kind == "plain")
+    assert made.requires_grad == (kind == "gradient")
+    (expected,) = theirs.step(m, theirs.timesteps[1], x, return_dict=False)
+    assert relative(made.detach(), expected.detach()) <= 1e-5
+
+
+@pytest.mark.parametrize("timestep", [3, torch.tensor(3), torch.tensor(3, dtype=torch.int32)], ids=repr)
+def test_an_index_is_refused_in_the_middle_of_a_run(timestep):
+    ours, _ = pair(EULER, {})
+    ours.set_timesteps(4)
+    x = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
+    ours.step(x, ours.timesteps[0], x, return_dict=False)
+    with pytest.raises(ValueError, match="timestep: expected one of the scheduler's timesteps"):
+        ours.step(x, timestep, x, return_dict=False)
+    assert ours.step_index == 1
 
 
 def test_a_step_after_the_last_is_refused():

@@ -12,10 +12,11 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteSchedulerOutput
 from torch import Tensor
 
+from fastdiff import config
 from fastdiff.integrations.diffusers.noising import ScaleNoise, at_indices
 from fastdiff.integrations.diffusers.scheduler import IndexedScheduler, draw, refuse_index
 from fastdiff.integrations.diffusers.tables import flow_schedule, levels, on_both_inputs, table
-from fastdiff.ops.dispatch import plain_step
+from fastdiff.ops import native
 from fastdiff.samplers.table import StepTable
 
 _SINGLE = torch.float32
@@ -28,15 +29,15 @@ _LONG_STEP = 100.0
 class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.FlowMatchEulerDiscreteScheduler):
     """Rows of `flow_euler`; time that runs the other way (`invert_sigmas`) makes their levels rise.
 
-    _is_short   whether a row is nothing but x + dt m
+    _is_bare   whether a row is nothing but x + dt m
     """
 
-    _is_short = False
+    _is_bare = False
 
     def _table(self, start: int) -> tuple[StepTable, bool]:
         config = self.config
         options = {"stochastic": config.stochastic_sampling}
-        self._is_short = not config.stochastic_sampling
+        self._is_bare = not config.stochastic_sampling
         return _flow_table("flow_euler", config, self._sigma_values[start:], self._times[start:], start, options), False
 
     def step(
@@ -53,15 +54,14 @@ class FlowMatchEulerDiscreteScheduler(ScaleNoise, IndexedScheduler, diffusers.Fl
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """The state at the next level, in the dtype of `model_output`; s_churn to s_noise change nothing."""
-        if not return_dict and type(timestep) is Tensor and timestep.dtype is _SINGLE and per_token_timesteps is None:
-            # The way of nearly every step. diffusers' is a product and a sum, beside which every check would show.
-            run, index = self._run, self._step_index
-            if run is not None and index is not None and run.levels is self._sigmas and self._is_short:
-                row = index - run.start
-                made = plain_step(sample, model_output, run.rows, row, None, (), None, False, False)
-                if made is not None and sample.dtype is model_output.dtype:
+        # The way of nearly every step. diffusers' is a product and a sum, beside which every check would show.
+        if not return_dict and per_token_timesteps is None and not config.detours:
+            run, index, bare_step = self._run, self._step_index, native.bare_step()
+            if bare_step and run is not None and index is not None and run.levels is self._sigmas and self._is_bare:
+                made: tuple[Tensor] | None = bare_step(sample, model_output, run.rows, index - run.start, timestep)
+                if made is not None:
                     self._step_index = index + 1
-                    return made[:1]
+                    return made
         refuse_index(timestep)
         if self._step_index is None:
             self._init_step_index(timestep)
