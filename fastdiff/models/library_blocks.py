@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +48,11 @@ class _Block(Fused):
 
     name: str
 
+    @classmethod
+    def proves(cls, module: nn.Module) -> bool:
+        """Whether a module's forward may be replaced by this one."""
+        return is_block(cls.name, module)
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if not is_block(self.name, self.owner):
             self.parts.leave(f"the forward of {self.name} was replaced")
@@ -65,6 +69,10 @@ class FusedResnet(_Block):
     """shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time)))), as `blocks.ResnetBlock` computes it."""
 
     name = "ResnetBlock2D"
+
+    @classmethod
+    def proves(cls, module: Any) -> bool:
+        return super().proves(module) and _has_norms(module)
 
     def fused(self, input_tensor: Any, temb: Any = None, *more: Any, **options: Any) -> Any:
         block: Any = self.owner
@@ -87,7 +95,7 @@ class FusedResnet(_Block):
 
     def _check(self, block: Any, x: Any, temb: Any) -> None:
         self.check_unfit(x, temb)
-        if not (known.is_silu(block.nonlinearity) and all(map(_is_norm, (block.norm1, block.norm2)))):
+        if not _has_norms(block):
             raise Left("a ResnetBlock2D has another activation or norm, or a hook on them")
         leave(norm_obstacle(block.norm1, x))
         # The map in between has the convolution's dtype.
@@ -100,11 +108,11 @@ class FusedResnet(_Block):
             check(type(temb) is Tensor and temb.dim() == 2 and len(temb) in (1, len(x)) and temb.dtype == x.dtype)
 
     def _doubled(self, block: Any, h: Tensor, *, bias: bool) -> Tensor:
-        twice = is_block("Upsample2D", block.upsample) and not (block.upsample.use_conv or block.upsample.norm)
-        plain = twice and known.is_bare(block.upsample) and block.upsample.interpolate
+        twice = is_block("Upsample2D", block.upsample) and known.is_bare(block.upsample) and _doubles(block.upsample)
         if (
             self.parts.rewrites.upsample_conv
-            and (plain and not block.upsample.use_conv_transpose)
+            and twice
+            and not block.upsample.use_conv
             and is_foldable(block.conv1)
             and doubling_obstacle(block.conv1, h) is None
         ):
@@ -131,11 +139,15 @@ class FusedUpsample(_Block):
 
     name = "Upsample2D"
 
+    @classmethod
+    def proves(cls, module: Any) -> bool:
+        return super().proves(module) and _doubles(module) and module.use_conv
+
     def fused(self, hidden_states: Any, output_size: Any = None, *more: Any, **options: Any) -> Any:
         layer: Any = self.owner
         x = hidden_states
         check(self.parts.rewrites.upsample_conv and not more and not options)
-        check(layer.use_conv and layer.interpolate and not layer.use_conv_transpose and layer.norm is None)
+        check(layer.use_conv and _doubles(layer))
         check(type(x) is Tensor and x.dim() == 4)
         check(output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3]))
         conv = layer.conv if layer.name == "conv" else layer.Conv2d_0
@@ -218,6 +230,10 @@ class FusedTransformerBlock(_Block):
 
     name = "BasicTransformerBlock"
 
+    @classmethod
+    def proves(cls, module: Any) -> bool:
+        return super().proves(module) and module.norm_type == "layer_norm"
+
     def fused(
         self,
         hidden_states: Any,
@@ -248,8 +264,18 @@ class FusedTransformerBlock(_Block):
         return block.ff(n) + x
 
 
-def _is_norm(module: Any) -> bool:
-    return known.group_norm(module) == "own"
+def _has_norms(block: Any) -> bool:
+    """Whether a ResnetBlock2D has the norms and the activation that are one operator."""
+    return (
+        known.group_norm(block.norm1) == "own"
+        and known.group_norm(block.norm2) == "own"
+        and known.is_silu(block.nonlinearity)
+    )
+
+
+def _doubles(layer: Any) -> bool:
+    """Whether an Upsample2D doubles its input, besides what its convolution does."""
+    return layer.interpolate and layer.norm is None and not layer.use_conv_transpose
 
 
 def _fits_norm(norm: Any, x: Tensor) -> bool:
@@ -282,6 +308,6 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
 
 
 REPLACEMENTS: tuple[tuple[Callable[[nn.Module], bool], type[Fused]], ...] = tuple(
-    (partial(is_block, kind.name), kind) for kind in (FusedResnet, FusedUpsample, FusedAttention, FusedTransformerBlock)
+    (kind.proves, kind) for kind in (FusedResnet, FusedUpsample, FusedAttention, FusedTransformerBlock)
 )
 """What proves that a module's forward may be replaced, and what replaces it."""
