@@ -14,7 +14,8 @@ from fastdiff.errors import InputError
 from fastdiff.integrations.patch import patch_scheduler, unpatch_scheduler
 from fastdiff.models.conversion import Conversion, entry
 from fastdiff.models.convert import converter
-from fastdiff.models.forward import Forward, foreign, forward, remove
+from fastdiff.models.forward import Forward, foreign, remove
+from fastdiff.models.fused import Parts
 from fastdiff.models.fusing import replacement
 from fastdiff.models.loading import Model
 from fastdiff.models.rewrites import Rewrites
@@ -124,20 +125,25 @@ def _is_encoder(module: nn.Module) -> bool:
 
 def _add(plan: _Plan, name: str, network: nn.Module, rewrites: Rewrites) -> None:
     before = plan.count() + len(plan.left)
-    _walk(plan, name, network, rewrites)
+    _walk(plan, name, network, rewrites, title=_title(name, network), parts={})
     if plan.count() + len(plan.left) == before:
         plan.left.append((_title(name, network), f"fastdiff has no network for {type(network).__name__}"))
 
 
-def _walk(plan: _Plan, name: str, module: nn.Module, rewrites: Rewrites) -> None:
+def _walk(
+    plan: _Plan, name: str, module: nn.Module, rewrites: Rewrites, *, title: str, parts: dict[type, Parts]
+) -> None:
     if converter(module) is not None:
         _convert(plan, name, module, rewrites)
         return
     kind = replacement(module)
-    if kind is not None and (foreign(module) is None):
-        plan.forwards.append(forward(module) or kind(module))
+    if kind is not None and foreign(module) is None:
+        of_class = type(module)
+        if of_class not in parts:
+            parts[of_class] = Parts(f"{title}: {of_class.__name__}", rewrites)
+        plan.forwards.append(kind(module, parts[of_class]))
     for key, child in module.named_children():
-        _walk(plan, f"{name}.{key}" if name else key, child, rewrites)
+        _walk(plan, f"{name}.{key}" if name else key, child, rewrites, title=title, parts=parts)
 
 
 def _convert(plan: _Plan, name: str, module: nn.Module, rewrites: Rewrites) -> None:

@@ -92,7 +92,7 @@ CHANGES: dict[str, tuple[Any, int]] = {
     "another activation": (lambda m: m.inner.__setitem__(1, nn.GELU()), 1),
     "a subclass": (lambda m: m.inner.__setitem__(1, type("Mine", (nn.SiLU,), {"forward": lambda s, x: x})()), 1),
     "a forward": (lambda m: setattr(m.inner[1], "forward", torch.relu), 1),
-    "no parameters": (lambda m: m.inner.__setitem__(0, nn.GroupNorm(3, 12, affine=False)), 1),
+    "no parameters": (lambda m: m.inner.__setitem__(0, nn.GroupNorm(3, 12, affine=False)), 2),
     "in between": (lambda m: m.inner.insert(1, nn.Tanh()), 1),
     "new weights": (lambda m: m.inner[0].load_state_dict({"weight": torch.ones(12), "bias": torch.zeros(12)}), 2),
     "another norm": (lambda m: m.inner.__setitem__(0, nn.GroupNorm(4, 12)), 2),
