@@ -54,10 +54,9 @@ above it. Launches are calls of operators that compute something, a convolution'
 FLOP are those of convolutions, products and attention; bytes are what the operators read and write.
 
 The columns under "alone" are what a forward costs more when this one rewrite is turned off and all others
-stay. They do not add up to the whole: `folded_residual` needs `unit_scale`, and `split_skip` as well as
-the two that fold need `group_norm_silu`, so that turning off the latter turns them off too. Turning on one alone
-would instead show nothing for those that stand on another. In time, the same comparison is a row of
-`fastdiff bench --filter rewrite/`.
+stay. They do not add up to the whole: `folded_residual` needs `unit_scale`, and it, `folded_bias` and
+`split_skip` need `group_norm_silu`, so that a rewrite that others need stands for their share too. Turned
+on alone, those others would show nothing. `fastdiff bench --filter rewrite/` times the same comparison.
 
 {tables}
 """
