@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastdiff.models.rewrites import names
+
 
 @dataclass(frozen=True)
 class Case:
     """One thing that several contenders do.
 
-    operator: a registered operator, "torch_normal", "drop_in" for a scheduler's step through diffusers' interface, or
-    "sampling" for the whole loop. variant: which kind of call; the builders in `operators`, `drop_in` and `sampling`
-    know the names. shape: of the main input; attention (B, H, Lq, D). quick: measured by `--quick` too.
+    operator: a registered operator, "torch_normal", "drop_in" for a scheduler's step through diffusers' interface,
+    "network" for an accelerated network, "rewrite" for one of its rewrites, or "sampling" for the whole loop. variant:
+    which kind of call; the builders in `operators`, `drop_in`, `accelerated` and `sampling` know the names. shape: of
+    the main input; attention (B, H, Lq, D). quick: measured by `--quick` too.
     """
 
     operator: str
@@ -49,6 +52,27 @@ SCHEDULERS = (
     *("ddim", "ddpm", "euler", "euler_ancestral", "flow_euler", "heun", "lms", "pndm", "ipndm"),
     *("dpmpp_2m", "dpmpp_3m", "unipc", "deis"),
 )
+IMAGES, LATENT = ((1, 3, 32, 32), (4, 3, 32, 32), (16, 3, 32, 32)), (1, 4, 32, 32)
+NETWORKS = (*(("cifar", shape) for shape in IMAGES), ("sd15", (2, 4, 32, 32)), ("decoder", LATENT))
+REWRITES = {
+    "unit_scale": ("small_unet", (2, 4, 32, 32)),
+    "channels_last": ("small_decoder", (1, 4, 24, 24)),
+    "group_norm_silu": ("small_decoder", (1, 4, 24, 24)),
+    "geglu": ("small_unet", (2, 4, 32, 32)),
+    "add_layer_norm": ("small_unet", (2, 4, 32, 32)),
+    "upsample_conv": ("small_decoder", (1, 4, 24, 24)),
+    "text_cache": ("small_unet", (2, 4, 8, 8)),
+    "time_cache": ("tiny_unet", (1, 3, 16, 16)),
+    "modulation_cache": ("small_dit", (2, 4, 16, 16)),
+    "sampler_step": ("tiny_step", (1, 3, 16, 16)),
+    "split_skip": ("small_unet", (2, 4, 32, 32)),
+    "folded_bias": ("small_decoder", (1, 4, 24, 24)),
+    "folded_residual": ("small_decoder", (1, 4, 24, 24)),
+    "qkv": ("small_dit", (2, 4, 16, 16)),
+    "arena": ("small_decoder", (1, 4, 24, 24)),
+    "prepacked": ("small_unet", (2, 4, 16, 16)),
+}
+"""A network and a size at which there is much of what each rewrite changes."""
 LOOPS = ("dpmpp_2m-20", "ddim-50")
 LOOP_SHAPE = (4, 1, 28, 28)
 
@@ -104,6 +128,12 @@ CASES = (
     ),
     *(Case("torch_normal", "fill", shape, dtype) for shape in NORMALS for dtype in DTYPES),
     *(Case("drop_in", scheduler, shape) for scheduler in SCHEDULERS for shape in NORMALS),
+    *(Case("network", network, shape, dtype) for network, shape in NETWORKS for dtype in DTYPES),
+    *(
+        Case("rewrite", f"{rewrite}-{REWRITES[rewrite][0]}", REWRITES[rewrite][1], dtype)
+        for rewrite in names()
+        for dtype in DTYPES
+    ),
     *(Case("sampling", loop, LOOP_SHAPE, dtype) for loop in LOOPS for dtype in DTYPES),
 )
 

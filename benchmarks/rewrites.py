@@ -1,7 +1,8 @@
 """What each exact rewrite saves in one forward, counted: `python -m benchmarks.rewrites [--write]`.
 
 It prints the CSV, or writes it and the table in fastdiff/models/README.md. The rewrites are turned on one after
-another; a row stands for its rewrite and all above it. What is remembered from an earlier call is there already.
+another, a row standing for its rewrite and all above it; and each is turned off alone while all others are on. What is
+remembered from an earlier call is there already.
 """
 
 from __future__ import annotations
@@ -24,15 +25,41 @@ from benchmarks.count import Cost, count
 from benchmarks.record import RESULTS, ROOT
 from fastdiff.files import write_atomic
 from fastdiff.models import AutoencoderKL, UNet
+from fastdiff.models.controlnet import ControlNet
+from fastdiff.models.dit import DiT
 from fastdiff.models.rewrites import Rewrites, names
 
 CSV = RESULTS / "rewrites.csv"
 README = ROOT / "fastdiff" / "models" / "README.md"
-COLUMNS = ("network", "rewrite", "launches", "flops", "bytes")
+COUNTS = ("launches", "flops", "bytes")
+COLUMNS = ("network", "rewrite", *COUNTS, *(f"{name}_without" for name in COUNTS))
 OUTSIDE = ("sampler_step",)
 """Rewrites of what happens between two forwards."""
 
 _START = {"diffusers": "diffusers", "none": "fastdiff, no rewrite"}
+
+HEAD = "| | launches | GFLOP | GB | alone: launches | GFLOP | GB |"
+ABOUT = """\
+# Networks
+
+Made by `python -m benchmarks.rewrites --write`; do not edit it.
+
+Each network computes the function of diffusers' own, with its parameters, in less work. That is a set of
+rewrites; each leaves the function as it is and can be turned off:
+
+{what}
+
+What one forward costs in float16, counted on fake tensors, not timed. Each row has its rewrite and those
+above it. Launches are calls of operators that compute something, a convolution's bias being one more;
+FLOP are those of convolutions, products and attention; bytes are what the operators read and write.
+
+The columns under "alone" are what a forward costs more when this one rewrite is turned off and all others
+stay. They do not add up to the whole: `folded_residual` needs `unit_scale`, and it, `folded_bias` and
+`split_skip` need `group_norm_silu`, so that a rewrite that others need stands for their share too. Turned
+on alone, those others would show nothing. `fastdiff bench --filter rewrite/` times the same comparison.
+
+{tables}
+"""
 
 _STAGES = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 _AUTOENCODER = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, **_STAGES}
@@ -40,7 +67,7 @@ _AUTOENCODER = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 
 
 @dataclass(frozen=True)
 class Layout:
-    """A network of the library's, ours for its configuration, and the arguments of one call by their shapes.
+    """A network of the library's, ours for its configuration, and the arguments of a call: shapes, or what makes them.
 
     part: what of both is called, "" for the whole.
     """
@@ -58,13 +85,18 @@ class Layout:
         return lambda: part(**arguments)
 
 
+def _time() -> Tensor:
+    """An element of its run's times, as in a pipeline."""
+    return torch.arange(50)[7]
+
+
 LAYOUTS = (
     Layout(
         "Stable Diffusion 1.5: U-Net, 2 x 64 x 64",
         diffusers.UNet2DConditionModel,
         UNet,
         {"cross_attention_dim": 768},
-        {"sample": (2, 4, 64, 64), "timestep": (), "encoder_hidden_states": (2, 77, 768)},
+        {"sample": (2, 4, 64, 64), "timestep": _time, "encoder_hidden_states": (2, 77, 768)},
     ),
     Layout(
         "Stable Diffusion XL: U-Net, 2 x 128 x 128",
@@ -84,9 +116,32 @@ LAYOUTS = (
         },
         {
             "sample": (2, 4, 128, 128),
-            "timestep": (),
+            "timestep": _time,
             "encoder_hidden_states": (2, 77, 2048),
             "added_cond_kwargs": {"text_embeds": (2, 1280), "time_ids": (2, 6)},
+        },
+    ),
+    Layout(
+        "ControlNet of Stable Diffusion 1.5, 2 x 64 x 64",
+        diffusers.ControlNetModel,
+        ControlNet,
+        {"cross_attention_dim": 768},
+        {
+            "sample": (2, 4, 64, 64),
+            "timestep": _time,
+            "encoder_hidden_states": (2, 77, 768),
+            "controlnet_cond": (2, 3, 512, 512),
+        },
+    ),
+    Layout(
+        "DiT-XL/2, 2 x 32 x 32",
+        diffusers.DiTTransformer2DModel,
+        DiT,
+        {"out_channels": 8},
+        {
+            "hidden_states": (2, 4, 32, 32),
+            "timestep": lambda: _time().expand(2),
+            "class_labels": lambda: torch.zeros(2, dtype=torch.int64),
         },
     ),
     Layout(
@@ -108,36 +163,52 @@ LAYOUTS = (
 )
 
 
-def steps(layout: Layout) -> list[tuple[str, Cost]]:
-    """(name, cost of a forward): of the library's network, of ours without a rewrite, and with one more each time."""
+@dataclass(frozen=True)
+class Step:
+    """cost: of a forward with this rewrite and those before it; without: with all but this one."""
+
+    name: str
+    cost: Cost
+    without: Cost | None = None
+
+
+def steps(layout: Layout) -> list[Step]:
+    """The library's network, ours without a rewrite, and ours with one more each time."""
+    counted = [name for name in names() if name not in OUTSIDE]
     with FakeTensorMode(), torch.no_grad():
         with _default_dtype(torch.float16):
             library, network = layout.library(**layout.config), layout.ours(**layout.config)
-        found = [("diffusers", count(layout.call(library)).total)]
-        call, on = layout.call(network), Rewrites.none()
-        for name in ("none", *(name for name in names() if name not in OUTSIDE)):
-            if name != "none":
-                on = Rewrites.parse([*(each for each in names() if getattr(on, each)), name])
-            network.rewrites = on  # type: ignore[assignment]
-            # A run's times are projected in its second call.
-            call()
-            call()
-            found.append((name, count(call).total))
+        call = layout.call(network)
+
+        def cost(on: Iterable[str]) -> Cost:
+            network.rewrites = Rewrites.parse(on)  # type: ignore[assignment]
+            return _settled(call)
+
+        found = [Step("diffusers", count(layout.call(library)).total), Step("none", cost([]))]
+        for place, name in enumerate(counted):
+            without = cost(each for each in counted if each != name)
+            found.append(Step(name, cost(counted[: place + 1]), without))
     return found
+
+
+def _settled(call: Callable[[], Any]) -> Cost:
+    """The cost of a call that finds remembered what the calls before it computed: a run's times take two of them."""
+    before = count(call).total
+    while (now := count(call).total) != before:
+        before = now
+    return now
 
 
 def rows(layouts: Iterable[Layout]) -> list[dict[str, str]]:
     return [
-        {
-            "network": layout.title,
-            "rewrite": name,
-            "launches": str(cost.launches),
-            "flops": str(cost.flops),
-            "bytes": str(cost.bytes),
-        }
+        {"network": layout.title, "rewrite": step.name, **_numbers(step.cost), **_numbers(step.without, "_without")}
         for layout in layouts
-        for name, cost in steps(layout)
+        for step in steps(layout)
     ]
+
+
+def _numbers(cost: Cost | None, suffix: str = "") -> dict[str, str]:
+    return {name + suffix: "" if cost is None else str(getattr(cost, name)) for name in COUNTS}
 
 
 def read() -> list[dict[str, str]]:
@@ -159,46 +230,44 @@ def markdown(found: Sequence[Mapping[str, str]]) -> str:
     """A table for each network: a row for each step that changes a number, and below it those that change none."""
     parts = []
     for title in dict.fromkeys(row["network"] for row in found):
-        lines = [f"## {title}", "", "| | launches | GFLOP | GB |", "|---|--:|--:|--:|"]
-        before: tuple[str, ...] = ()
-        idle = []
-        for row in (row for row in found if row["network"] == title):
-            numbers = (row["launches"], f"{int(row['flops']) / 1e9:.1f}", f"{int(row['bytes']) / 1e9:.2f}")
-            label = {"diffusers": "diffusers", "none": "fastdiff, no rewrite"}.get(
-                row["rewrite"], f"`{row['rewrite']}`"
-            )
-            if numbers == before and row["rewrite"] not in ("diffusers", "none"):
-                idle.append(label)
+        own = [row for row in found if row["network"] == title]
+        lines = [
+            f"## {title}",
+            "",
+            "| | launches | GFLOP | GB | alone: launches | GFLOP | GB |",
+            "|---" + "|--:" * 6 + "|",
+        ]
+        idle, before, whole = [], None, _counts(own[-1])
+        for row in own:
+            counts, without = _counts(row), _counts(row, "_without")
+            saved = None if without is None else [off - on for off, on in zip(without, whole, strict=True)]
+            if saved is not None and counts == before and not any(saved):
+                idle.append(f"`{row['rewrite']}`")
             else:
-                lines.append(f"| {label} | {' | '.join(numbers)} |")
-            before = numbers
+                label = _START.get(row["rewrite"], f"`{row['rewrite']}`")
+                lines.append(f"| {label} | {' | '.join((*_shown(counts), *_shown(saved)))} |")
+            before = counts
         if idle:
             lines += ["", f"Without a change here: {', '.join(idle)}."]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
+def _counts(row: Mapping[str, str], suffix: str = "") -> list[int] | None:
+    numbers = [row[name + suffix] for name in COUNTS]
+    return [int(number) for number in numbers] if all(numbers) else None
+
+
+def _shown(counts: Sequence[int] | None) -> tuple[str, ...]:
+    if counts is None:
+        return ("",) * len(COUNTS)
+    launches, flops, size = counts
+    return str(launches), f"{flops / 1e9:.1f}", f"{size / 1e9:.2f}"
+
+
 def readme(found: Sequence[Mapping[str, str]]) -> str:
     what = [f"- `{each.name}`: {each.metadata['what']}" for each in fields(Rewrites)]
-    return "\n".join(
-        (
-            "# Networks",
-            "",
-            "Made by `python -m benchmarks.rewrites --write`; do not edit it.",
-            "",
-            "Each network computes the function of diffusers' own, with its parameters, in less work. That is a set of",
-            "rewrites; each leaves the function as it is and can be turned off:",
-            "",
-            *what,
-            "",
-            "What one forward costs in float16, counted on fake tensors, not timed. Each row has its rewrite and those",
-            "above it. Launches are calls of operators that compute something, a convolution's bias being one more;",
-            "FLOP are those of convolutions, products and attention; bytes are what the operators read and write.",
-            "",
-            markdown(found),
-            "",
-        )
-    )
+    return ABOUT.format(what="\n".join(what), tables=markdown(found))
 
 
 @contextmanager
@@ -215,9 +284,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _made(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _made(item) for key, item in value.items()}
-    # A time is an element of its run's times, as in a pipeline.
-    made: Tensor = torch.arange(50)[7] if value == () else torch.zeros(value, dtype=torch.float16)
-    return made
+    return value() if callable(value) else torch.zeros(value, dtype=torch.float16)
 
 
 def main() -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 import fastdiff
-from benchmarks import cases, drop_in, gate, measure, operators, record, sampling, table
+from benchmarks import accelerated, cases, drop_in, gate, measure, operators, record, sampling, table
 from benchmarks.cases import Case
 from benchmarks.work import AUTOMATIC, OURS, Contender, Work
 from fastdiff.errors import BackendError, CheckpointError, InputError
 
+NETWORKS = ("network", "rewrite", "sampling")
 EPILOG = """\
 Contenders take turns in one process; the figures are medians. A contender whose results are wrong, or that other
 programs disturbed all the time, gets no row, and the exit status is then 1. Rows of a case measured again replace the
@@ -80,7 +81,8 @@ def run_case(
     case: Case, device: torch.device, *, seconds: float, facts: record.Row
 ) -> tuple[list[dict[str, str]], int]:
     """The rows of a case and the number of contenders that have none: wrong results, or no rest to measure in."""
-    with torch.inference_mode():
+    # In inference mode networks remember nothing from one call to the next; pipelines do not call them in it.
+    with torch.no_grad() if case.operator in NETWORKS else torch.inference_mode():
         work = _build(case, device)
         if work is None:
             return [], 0
@@ -116,12 +118,14 @@ def run_case(
 
 
 def _build(case: Case, device: torch.device) -> Work | None:
-    if case.operator not in ("sampling", "drop_in"):
+    if case.operator in operators.BUILDERS:
         return operators.BUILDERS[case.operator](case, device)
     if importlib.util.find_spec("diffusers") is None:
         return _skip(case, "diffusers is not installed")
     if case.operator == "drop_in":
         return drop_in.build(case, device)
+    if case.operator in ("network", "rewrite"):
+        return accelerated.build(case, device)
     try:
         return sampling.build(case, device)
     except CheckpointError as error:

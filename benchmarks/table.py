@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import record
@@ -22,37 +22,72 @@ LAYOUTS = {
 }
 
 
+TABLES = {
+    "operators": "",
+    "network": "A call of an accelerated network, against diffusers' own in both memory formats:",
+    "rewrite": (
+        "A call without one rewrite and with all; under `alone`, how much faster a network without rewrites gets "
+        "by this one:"
+    ),
+}
+HEADS = {
+    "operators": "| | shape | dtype | baseline | time | fastdiff | speed-up | share of roofline |\n"
+    "|---|---|---|---|--:|--:|--:|--:|",
+    "network": "| | shape | dtype | diffusers | channels-last | fastdiff | speed-up | share of roofline |\n"
+    "|---|---|---|--:|--:|--:|--:|--:|",
+    "rewrite": "| | network | shape | dtype | without | with all | speed-up | alone |\n"
+    "|---|---|---|---|--:|--:|--:|--:|",
+}
+
+
 def line(row: Row) -> str:
     """A row for people who watch the run."""
     share = f"{float(row['roofline_share']):7.0%}" if row["roofline_share"] else " " * 7
     mark = "*" if row["chosen"] == "yes" else " "
     return (
-        f"{row['case']:<52} {row['contender']:<20}{mark} {float(row['p50_us']):12.1f} us {row['speedup']:>7}x"
+        f"{row['case']:<56} {row['contender']:<23}{mark} {float(row['p50_us']):12.1f} us {row['speedup']:>7}x"
         f" {share} of roofline"
     )
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One line per case: its baseline, the backend that fastdiff chooses there, and how much faster that is."""
-    cases: dict[str, list[Row]] = {}
+    """A line for each case that fastdiff's choice has a time for; networks and rewrites in tables of their own."""
+    cases: dict[str, dict[str, Row]] = {}
     for row in rows:
-        cases.setdefault(row["case"], []).append(row)
-    lines = [
-        "| | shape | dtype | baseline | time | fastdiff | speed-up | share of roofline |",
-        "|---|---|---|---|--:|--:|--:|--:|",
-    ]
+        cases.setdefault(row["case"], {})[row["contender"]] = row
+    lines: dict[str, list[str]] = {}
     for measured in cases.values():
-        baseline = measured[0]
-        ours = next((row for row in measured if row["chosen"] == "yes"), None)
-        if ours is None:
-            continue
-        what = f"`{baseline['operator']}` {LAYOUTS.get(baseline['variant'], baseline['variant'])}"
-        share = f"{float(ours['roofline_share']):.0%}" if ours["roofline_share"] else ""
-        lines.append(
-            f"| {what} | {baseline['shape']} | {baseline['dtype']} | {baseline['contender']} | {_time(baseline)} "
-            f"| {_time(ours)} | {float(ours['speedup']):.1f} | {share} |"
-        )
-    return "\n".join(lines)
+        ours = next((row for row in measured.values() if row["chosen"] == "yes"), None)
+        if ours is not None:
+            kind = ours["operator"] if ours["operator"] in TABLES else "operators"
+            cells = {"operators": _operator, "network": _network, "rewrite": _rewrite}[kind](measured, ours)
+            lines.setdefault(kind, []).append(f"| {' | '.join(cells)} |")
+    tables = (("\n\n".join(filter(None, (TABLES[kind], HEADS[kind]))), lines[kind]) for kind in TABLES if kind in lines)
+    return "\n\n".join("\n".join((head, *body)) for head, body in tables)
+
+
+def _operator(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
+    baseline = next(iter(measured.values()))
+    what = f"`{ours['operator']}` {LAYOUTS.get(ours['variant'], ours['variant'])}"
+    return what, ours["shape"], ours["dtype"], baseline["contender"], _time(baseline), *_reached(ours)
+
+
+def _network(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
+    times = (_time(measured.get(who)) for who in ("diffusers", "diffusers channels-last"))
+    return f"`{ours['variant']}`", ours["shape"], ours["dtype"], *times, *_reached(ours)
+
+
+def _rewrite(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
+    rewrite, _, network = ours["variant"].rpartition("-")
+    none, only = (measured.get(who) for who in ("none", "only"))
+    alone = f"{float(none['p50_us']) / float(only['p50_us']):.2f}" if none and only else ""
+    times = (_time(measured.get("without")), _time(ours))
+    return f"`{rewrite}`", network, ours["shape"], ours["dtype"], *times, f"{float(ours['speedup']):.2f}", alone
+
+
+def _reached(ours: Row) -> tuple[str, str, str]:
+    share = f"{float(ours['roofline_share']):.0%}" if ours["roofline_share"] else ""
+    return _time(ours), f"{float(ours['speedup']):.1f}", share
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -78,7 +113,9 @@ def update(readme: str, path: Path) -> str:
     return MARKED.sub(lambda _: section(path), readme)
 
 
-def _time(row: Row) -> str:
+def _time(row: Row | None) -> str:
+    if row is None:
+        return ""
     microseconds = float(row["p50_us"])
     for unit, factor in (("s", 1e6), ("ms", 1e3)):
         if microseconds >= factor:

@@ -42,6 +42,37 @@ def test_operators_of_ours():
     assert whole.launches == 1
 
 
+def test_layers_counted_by_hand():
+    tokens, channels, inner = 2 * 7, 12, 20
+    with FakeTensorMode():
+        x, w, b = torch.zeros(2, 7, channels), torch.zeros(inner, channels), torch.zeros(inner)
+        picture, weight = torch.zeros(2, 8, 5, 3), torch.zeros(8)
+        half, scale, wide = torch.zeros(2, 4, 5, 3), torch.zeros(12), torch.zeros(2, 7, 2 * inner)
+        linear = count(lambda: F.linear(x, w, b)).total
+        products = count(lambda: (F.linear(x, w), F.linear(x, w))).total
+        norm = count(lambda: F.group_norm(picture, 4, weight, weight)).total
+        layers = count(lambda: F.layer_norm(x, (channels,))).total
+        fused = count(lambda: ops.group_norm_silu(picture, 4, scale, scale, second=half)).total
+        gated = count(lambda: ops.geglu(wide)).total
+        added = count(lambda: ops.layer_norm_modulate(x, residual=x + 1, return_sum=True)).operators
+        joined = count(lambda: torch.cat([picture, picture + 0], dim=1)).operators["aten::cat"]
+        strided = count(lambda: F.conv2d(picture, torch.zeros(6, 8, 3, 3), stride=2, padding=1)).operators
+    # A multiplication and an addition for each weight and token; the bias is added by the same call.
+    assert linear == Cost(
+        1, 2 * tokens * channels * inner, 4 * (tokens * channels + inner * channels + inner + tokens * inner)
+    )
+    assert products == Cost(2, 2 * linear.flops, 2 * (linear.bytes - 4 * inner))
+    # Besides what a norm reads and writes: the mean and the deviation of every group or token.
+    assert norm == Cost(1, 0, 4 * (2 * picture.numel() + 8 + 2 * 2 * 4))
+    assert layers == Cost(1, 0, 4 * (2 * x.numel() + 2 * tokens))
+    assert fused == Cost(1, 0, 4 * (2 * (picture.numel() + half.numel()) + 12))
+    assert gated == Cost(1, 0, 4 * 3 * tokens * inner)
+    assert added["fastdiff::layer_norm_modulate"] == Cost(1, 0, 4 * 4 * x.numel())
+    assert joined == Cost(1, 0, 4 * 4 * picture.numel())
+    out = 2 * 6 * 3 * 2
+    assert strided["aten::convolution"] == Cost(1, 2 * out * 8 * 9, 4 * (picture.numel() + 6 * 8 * 9 + out))
+
+
 def test_repeated_and_overwritten_memory_is_counted_as_it_lies():
     with FakeTensorMode():
         a, b, row = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(1, 6)
@@ -64,7 +95,8 @@ def test_the_steps_of_a_small_autoencoder():
         {"sample": (1, 4, 6, 6)},
         "decoder",
     )
-    found = dict(rewrites.steps(layout))
+    steps = rewrites.steps(layout)
+    found = {step.name: step.cost for step in steps}
     for what in ("launches", "flops"):
         assert getattr(found["diffusers"], what) == getattr(found["none"], what), "it is what the library does"
     # Two residual blocks in the middle and two on each of two resolutions; the attention divides as well.
@@ -72,7 +104,15 @@ def test_the_steps_of_a_small_autoencoder():
     # One activation less for each norm but that of the attention.
     assert found["channels_last"].launches - found["group_norm_silu"].launches == 2 * 6 + 1
     pixels = 12 * 12
-    assert found["add_layer_norm"].flops - found["upsample_conv"].flops == 2 * pixels * 8 * 8 * (9 - 4)
+    doubling = 2 * pixels * 8 * 8 * (9 - 4)
+    assert found["add_layer_norm"].flops - found["upsample_conv"].flops == doubling
+    without, whole = {step.name: step.without for step in steps}, steps[-1].cost
+    assert without["diffusers"] is without["none"] is None
+    assert without["upsample_conv"].flops - whole.flops == doubling
+    # The first and the last map change their layout, but pictures of so few channels lie in both at once.
+    assert without["text_cache"] == without["geglu"] == whole
+    # What needs the others is turned off with them: the sums of seven blocks that a norm makes.
+    assert without["unit_scale"].launches - whole.launches > found["none"].launches - found["unit_scale"].launches
 
 
 def _stages(count: int) -> dict[str, list[str]]:
