@@ -1,7 +1,7 @@
 # Each target sets up .venv by itself; PYTHON chooses the interpreter it is made with.
 #
 #   make demo     draw 64 images with the embedded model into demo.png
-#   make test     run the tests
+#   make test     run the tests, on up to 8 cores
 #   make lint     ruff and mypy
 #   make bench    measure everything into benchmarks/results/
 #   make quality  judge the embedded model's samples with a classifier
@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/fastdiff sample --count 64 --steps 20 --guidance 2 --seed 0 --columns 8 --out demo.png
 
 test: .venv/developing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/developing
 	$(BIN)/ruff check .

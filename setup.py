@@ -25,6 +25,7 @@ CUDA_KERNELS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Neither changes a result; without them sqrt and comparisons keep loops from becoming vector code.
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += ["-g0"]  # Python's own flags ask for debug information: a third of the time of what includes torch
 CAPABILITIES = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],

@@ -1,5 +1,5 @@
 // fastdiff._C: the functions of the operators, and what the build is.
-#include "tensors.h"
+#include "register.h"
 
 namespace fastdiff {
 namespace {

@@ -3,7 +3,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/csrc/utils/pybind.h>
 
 #ifdef FASTDIFF_CUDA
@@ -13,6 +12,7 @@
 #endif
 
 #include "ops.h"
+#include "register.h"
 
 namespace fastdiff {
 
@@ -53,20 +53,6 @@ inline Tensor dense(const Tensor& x) {
 
 inline OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x->contiguous()) : x; }
 
-enum class Capability { DEFAULT, AVX2, AVX512 };
-
-inline Capability capability() {
-  static const Capability value = [] {
-#ifdef FASTDIFF_X86
-    const std::string name = at::get_cpu_capability();
-    if (name.rfind("AVX512", 0) == 0 || name == "AMX") return Capability::AVX512;
-    if (name == "AVX2") return Capability::AVX2;
-#endif
-    return Capability::DEFAULT;
-  }();
-  return value;
-}
-
 #ifdef FASTDIFF_X86
 #define ON_CPU(FUNCTION, ARGS)                                      \
   (capability() == Capability::AVX512 ? cpu::AVX512::FUNCTION(ARGS) \
@@ -87,11 +73,5 @@ inline void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); 
 #else
 #define LAUNCH(FUNCTION, TENSOR, ...)
 #endif
-
-// Each in the file of that name.
-void register_steps(py::module_& m);
-void register_noise(py::module_& m);
-void register_network(py::module_& m);
-void register_arena(py::module_& m);
 
 }  // namespace fastdiff

@@ -1,14 +1,15 @@
-"""Compiles Triton kernels without a GPU: `python tests/aot_compile.py FOLDER MODULE:CASE:TARGET ...`.
+"""Compiles Triton kernels without a GPU: `python tests/aot_compile.py FOLDER`, then lines MODULE:CASE:TARGET.
 
 A process of its own, because Triton's interpreter is on in the tests' process and Triton looks for that when a kernel
-file is imported. CASE is the number in the module's `AOT`. For each job it writes FOLDER/MODULE.CASE.TARGET.cubin and
-.json, which holds the bytes of shared memory, or the compiler's error.
+file is imported; one for all jobs, because imports take seconds. CASE is the number in the module's `AOT`. A job writes
+FOLDER/MODULE.CASE.TARGET.cubin, and its answer is a line of JSON: the bytes of shared memory, or the compiler's error.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -44,19 +45,22 @@ def compile_case(case, target: int) -> tuple[bytes, int]:
     return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def main(folder: Path, jobs: list[str]) -> None:
-    for job in jobs:
-        module, number, target = job.rsplit(":", 2)
-        name = f"{Path(module).stem}.{number}.{target}"
-        try:
-            cubin, shared = compile_case(load(module).AOT[int(number)], int(target))
-        except Exception as error:  # whatever the compiler raises is the test's result
-            report = {"error": f"{type(error).__name__}: {error}"}
-        else:
-            (folder / f"{name}.cubin").write_bytes(cubin)
-            report = {"shared": shared}
-        (folder / f"{name}.json").write_text(json.dumps(report))
+def answer(job: str, folder: Path) -> dict[str, object]:
+    module, number, target = job.rsplit(":", 2)
+    try:
+        cubin, shared = compile_case(load(module).AOT[int(number)], int(target))
+    except Exception as error:  # whatever the compiler raises is the test's result
+        return {"error": f"{type(error).__name__}: {error}"}
+    (folder / f"{Path(module).stem}.{number}.{target}.cubin").write_bytes(cubin)
+    return {"shared": shared}
+
+
+def main(folder: Path) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a compiler prints is no answer
+    for line in sys.stdin:
+        print(json.dumps(answer(line.rstrip("\n"), folder)), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What every test shares: devices, backends, one thread where timing does not matter."""
+"""What every test shares: devices, backends, each worker's share of the cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import os
 
 import pytest
 import torch
+from cores import CORES, WORKERS
 
+if WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(CORES)
+    os.environ["OMP_NUM_THREADS"] = str(CORES)  # of the processes that tests start
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     # Read when a kernel file is imported, so the whole session interprets. Ahead-of-time compilation needs it unset and

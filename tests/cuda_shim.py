@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from cores import CORES
 from torch import Tensor
 
 from fastdiff.ops.reference import memory_format
@@ -40,7 +41,7 @@ def build(folder: Path) -> Path:
         assert result.returncode == 0, result.stderr
         return str(target)
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(CORES) as pool:
         objects = list(pool.map(compile_one, [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *SHIM.glob("*.cpp")]))
     library = folder / "libcuda_shim.so"
     subprocess.run([*compiler, "-shared", "-o", str(library), *objects], check=True)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
+import tempfile
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 # Scalar widths that an access names; one that names none moves four bytes.
@@ -53,17 +58,51 @@ class Kernel:
         return found
 
 
-def cuobjdump() -> Path:
-    """NVIDIA's disassembler, as Triton carries it."""
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s*(.*?)\s*;", re.MULTILINE)
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+"""Of a 64-bit ELF file: its name's place in the table of names, type, flags, address, place in the file, size, ..."""
+
+
+def _tool(name: str) -> Path:
+    """One of NVIDIA's that Triton carries."""
     import triton.backends.nvidia as nvidia
 
-    return Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    return Path(nvidia.__file__).parent / "bin" / name
 
 
-def read(cubin: Path) -> list[Kernel]:
-    """The kernels of a cubin."""
-    command = [str(cuobjdump()), "--dump-resource-usage", "--dump-sass", str(cubin)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    stacks = {name: int(stack) for name, stack in re.findall(r"Function (\S+):\s*\n.*?STACK:(\d+)", text)}
-    parts = re.split(r"Function : (\S+)", text)
-    return [Kernel(name, stacks[name], code) for name, code in zip(parts[1::2], parts[2::2], strict=True)]
+def _run(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _codes(cubin: bytes) -> dict[str, bytes]:
+    """The instructions of each kernel: the sections .text.KERNEL."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, names = struct.unpack_from("<HH", cubin, 0x3C)
+    sections = [_SECTION.unpack_from(cubin, table + number * _SECTION.size) for number in range(count)]
+    codes = {}
+    for section in sections:
+        start = sections[names][4] + section[0]
+        name = cubin[start : cubin.index(b"\0", start)].decode()
+        if name.startswith(".text."):
+            codes[name.removeprefix(".text.")] = cubin[section[4] : section[4] + section[5]]
+    return codes
+
+
+def read(cubins: Sequence[Path], target: int) -> dict[Path, list[Kernel]]:
+    """The kernels of each cubin for sm_<target>, disassembled together: to start the disassembler takes longer."""
+    codes = {(cubin, name): code for cubin in cubins for name, code in _codes(cubin.read_bytes()).items()}
+    ends = list(accumulate(map(len, codes.values())))
+    with tempfile.NamedTemporaryFile() as image:
+        image.write(b"".join(codes.values()))
+        image.flush()
+        text = _run(_tool("nvdisasm"), "--binary", f"SM{target}" + "a" * (target >= 90), image.name)
+    lines: list[list[str]] = [[] for _ in codes]
+    for place, instruction in _INSTRUCTION.findall(text):
+        lines[bisect_right(ends, int(place, 16))].append(instruction)
+    stacks: dict[tuple[Path, str], int] = {}
+    for cubin in cubins:
+        usage = _run(_tool("cuobjdump"), "--dump-resource-usage", cubin)
+        for name, stack in re.findall(r"Function (\S+):\s*\n.*?STACK:(\d+)", usage):
+            stacks[cubin, name] = int(stack)
+    kernels = [Kernel(key[1], stacks[key], "\n".join(code)) for key, code in zip(codes, lines, strict=True)]
+    return {cubin: [kernel for key, kernel in zip(codes, kernels, strict=True) if key[0] == cubin] for cubin in cubins}

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cores import CORES
 from machine_code import Kernel, read
 
 ROOT = Path(__file__).parents[2]
@@ -79,12 +80,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[int, str
         pytest.skip("nvcc is not on PATH; the kernels run on the CPU in test_*_on_cpu.py")
     folder = tmp_path_factory.mktemp("cubins")
     cases = [(source, target) for source in SOURCES for target in TARGETS]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(min(CORES, len(cases))) as pool:
         cubins = list(pool.map(lambda case: compile_cubin(*case, folder), cases))
     return {
         (target, short(kernel.name)): kernel
-        for (_, target), cubin in zip(cases, cubins, strict=True)
-        for kernel in read(cubin)
+        for target in TARGETS
+        for kernels in read([cubin for cubin in cubins if cubin.suffixes[0] == f".{target}"], target).values()
+        for kernel in kernels
     }
 
 
@@ -109,7 +111,8 @@ def test_the_gate_can_fail(tmp_path: Path) -> None:
         pytest.skip("nvcc is not on PATH")
     source = tmp_path / "spilling.cu"
     source.write_text(SPILLING)
-    kernels = read(compile_cubin(source, 90, tmp_path))
+    cubin = compile_cubin(source, 90, tmp_path)
+    (kernels,) = read([cubin], 90).values()
     faults = {
         name: kernel.faults(target=90, wide_loads=0.5, wide_stores=0.5, matrix=name == "wide")
         for kernel in kernels

@@ -7,8 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,57 +20,71 @@ ROOT = Path(__file__).parents[2]
 MODULES = [
     path.stem for path in sorted((ROOT / "kernels").glob("*.py")) if path.stem != "aot" and "AOT" in path.read_text()
 ]
-CASES = {
-    f"{module}-{case.name}-sm_{target}": (f"{module}:{number}:{target}", case, target)
-    for module in MODULES
-    for number, case in enumerate(import_module(f"fastdiff.kernels.{module}").AOT)
-    for target in case.targets
-}
 BAD_KERNELS = Path(__file__).with_name("bad_kernels.py")
 
 
-def compile_all(jobs: list[str], folder: Path) -> None:
-    """Runs aot_compile.py on the jobs, in as many processes as there are cores, at most 8."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    processes = min(len(os.sched_getaffinity(0)), 8)
-    script = str(ROOT / "tests/aot_compile.py")
+class Compiler:
+    """A process that compiles, and the folder that it writes to."""
 
-    def run(part: list[str]) -> None:
-        command = [sys.executable, script, str(folder), *part]
-        result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
+    def __init__(self, folder: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+        command = [sys.executable, str(ROOT / "tests/aot_compile.py"), str(folder)]
+        self.folder = folder
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True, bufsize=1
+        )
 
-    with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(run, filter(None, (jobs[start::processes] for start in range(processes)))))
-
-
-def faults(job: str, case: Any, target: int, folder: Path) -> list[str]:
-    """What the gate objects to in a compiled case."""
-    module, number, _ = job.rsplit(":", 2)
-    name = f"{Path(module).stem}.{number}.{target}"
-    report = json.loads((folder / f"{name}.json").read_text())
-    if "error" in report:
-        return [report["error"]]
-    (kernel,) = read(folder / f"{name}.cubin")
-    found = kernel.faults(target=target, wide_loads=case.wide_loads, wide_stores=case.wide_stores, matrix=case.matrix)
-    if report["shared"] > SHARED_LIMIT[target]:
-        found.append(f"{report['shared']} bytes of shared memory, more than the {SHARED_LIMIT[target]} of a block")
-    return found
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[str]]:
-    """The faults of each case."""
-    folder = tmp_path_factory.mktemp("aot")
-    compile_all([job for job, _, _ in CASES.values()], folder)
-    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 8)) as pool:
-        return dict(zip(CASES, pool.map(lambda entry: faults(*entry, folder), CASES.values()), strict=True))
+    def faults(self, module: str, cases: Sequence[tuple[int, Any]], target: int) -> dict[str, list[str]]:
+        """What the compiler or the gate objects to in each of a module's numbered cases."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        found, compiled = {}, {}
+        for number, case in cases:
+            print(f"{module}:{number}:{target}", file=self.process.stdin)
+            report = json.loads(self.process.stdout.readline())
+            found[case.name] = [report["error"]] if "error" in report else []
+            if report.get("shared", 0) > SHARED_LIMIT[target]:
+                found[case.name] += [f"{report['shared']} bytes of shared memory of {SHARED_LIMIT[target]}"]
+            if "error" not in report:
+                compiled[self.folder / f"{Path(module).stem}.{number}.{target}.cubin"] = case
+        for cubin, (kernel,) in read(list(compiled), target).items():
+            case = compiled[cubin]
+            least = {"wide_loads": case.wide_loads, "wide_stores": case.wide_stores}
+            found[case.name] += kernel.faults(target=target, matrix=case.matrix, **least)
+        return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_machine_code(found: Mapping[str, list[str]], name: str) -> None:
-    assert not found[name], "; ".join(found[name])
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
+    compiler = Compiler(tmp_path_factory.mktemp("aot"))
+    with compiler.process:
+        yield compiler
+        compiler.process.stdin.close()
+
+
+def chosen(cases: Sequence[Any], target: int) -> list[tuple[int, Any]]:
+    """All cases for sm_90 and those of matrix kernels; else of each kernel and its types the first and the last, which
+    are what is usual and what asks the most."""
+    kinds: dict[object, list[int]] = {}
+    for number, case in enumerate(cases):
+        types = frozenset(kind for kind in case.signature.values() if kind.startswith("*"))
+        kinds.setdefault((case.kernel, types), []).append(number)
+    ends = {number for numbers in kinds.values() for number in (numbers[0], numbers[-1])}
+    return [
+        (number, case)
+        for number, case in enumerate(cases)
+        if target in case.targets and (target == 90 or case.matrix or number in ends)
+    ]
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT, ids=lambda target: f"sm_{target}")
+@pytest.mark.parametrize("module", MODULES)
+def test_machine_code(compiler: Compiler, module: str, target: int) -> None:
+    cases = chosen(import_module(f"fastdiff.kernels.{module}").AOT, target)
+    assert cases
+    faults = {name: found for name, found in compiler.faults(module, cases, target).items() if found}
+    assert not faults, "\n".join(f"{name}: {'; '.join(found)}" for name, found in faults.items())
 
 
 @pytest.mark.parametrize("module", [path.stem for path in sorted((ROOT / "kernels").glob("[a-z]*.py"))])
@@ -85,15 +98,19 @@ def test_every_kernel_has_a_case(module: str) -> None:
     assert len({case.name for case in cases}) == len(cases), "two cases have one name"
 
 
-def test_the_gate_can_fail(tmp_path: Path) -> None:
-    jobs = [f"{BAD_KERNELS}:{number}:90" for number in range(4)]
-    compile_all(jobs, tmp_path)
+class Bad:
+    """A case of bad_kernels.py, or none at its number."""
 
-    class Gate:
-        wide_loads = wide_stores = 0.5
-        matrix = True
+    wide_loads = wide_stores = 0.5
+    matrix = True
 
-    spilling, scalar, product, missing = (faults(job, Gate, 90, tmp_path) for job in jobs)
+    def __init__(self, number: int) -> None:
+        self.name = str(number)
+
+
+def test_the_gate_can_fail(compiler: Compiler) -> None:
+    faults = compiler.faults(str(BAD_KERNELS), [(number, Bad(number)) for number in range(4)], 90)
+    spilling, scalar, product, missing = faults.values()
     assert spilling[0].startswith("a stack frame of")
     assert [fault.split(" of ")[0] for fault in scalar[:2]] == ["only 0%", "only 0%"]
     assert product == ["no tensor-core instruction of sm_90 (HGMMA or QGMMA)"]
