@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,16 +25,29 @@ LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scal
 
 @dataclass(frozen=True)
 class Kind:
-    """A class and its configuration. history: how many states besides x a step reads; calls: how many calls make a step
-    of the solver; data: whether the data prediction is given too; pinned: attributes that have to be set back for a
-    call to be the same step again."""
+    """A class and its configuration. method: the one that takes a step; further: what it is given besides sample, output
+    and timestep; history: how many states besides x a step reads; calls: how many calls make a step of the solver;
+    data: whether the data prediction is given too; pinned: attributes that have to be set back for a call to be the
+    same step again."""
 
     scheduler: str
     config: dict[str, Any] = field(default_factory=lambda: dict(LATENT_BETAS))
+    method: str = "step"
+    further: Callable[[Any, int, Tensor], dict[str, Any]] = lambda scheduler, index, x: {}
     history: int = 0
     calls: int = 1
     data: bool = False
     pinned: tuple[str, ...] = ()
+
+
+def _before(scheduler: Any, index: int, x: Tensor) -> dict[str, Any]:
+    return {"prev_timestep": scheduler.timesteps[index + 1]}
+
+
+def _half_known(scheduler: Any, index: int, x: Tensor) -> dict[str, Any]:
+    mask = torch.zeros_like(x[:1, :1])
+    mask[..., : x.shape[-1] // 2] = 1.0
+    return {"original_image": x.flip(0, 1), "mask": mask}
 
 
 KINDS = {
@@ -50,6 +64,23 @@ KINDS = {
     "dpmpp_3m": Kind("DPMSolverMultistepScheduler", {**LATENT_BETAS, "solver_order": 3}, history=2),
     "unipc": Kind("UniPCMultistepScheduler", history=2, pinned=("last_sample",)),
     "deis": Kind("DEISMultistepScheduler", history=1),
+    "ddim_inverse": Kind("DDIMInverseScheduler", {**LATENT_BETAS, "clip_sample": False}, data=True),
+    "kdpm2": Kind("KDPM2DiscreteScheduler", calls=2, data=True),
+    "kdpm2_ancestral": Kind("KDPM2AncestralDiscreteScheduler", calls=2, data=True),
+    "dpm_sde": Kind("DPMSolverSDEScheduler", {**LATENT_BETAS, "noise_sampler_seed": 0}, calls=2, data=True),
+    "dpmpp_2s": Kind("DPMSolverSinglestepScheduler", history=1, calls=2),
+    "dpmpp_2m_inverse": Kind("DPMSolverMultistepInverseScheduler", history=1),
+    "sa_solver": Kind("SASolverScheduler", history=2, pinned=("last_sample", "last_noise")),
+    "lcm": Kind("LCMScheduler", data=True),
+    "tcd": Kind("TCDScheduler", data=True),
+    "consistency": Kind("CMStochasticIterativeScheduler", {}),
+    "flow_heun": Kind("FlowMatchHeunDiscreteScheduler", {}, calls=2),
+    "edm_euler": Kind("EDMEulerScheduler", {}, data=True),
+    "edm_dpmpp_2m": Kind("EDMDPMSolverMultistepScheduler", {}, history=1),
+    "unclip": Kind("UnCLIPScheduler", {}, further=_before, data=True),
+    "repaint": Kind("RePaintScheduler", {"clip_sample": False}, further=_half_known, data=True),
+    "score_sde_predict": Kind("ScoreSdeVeScheduler", {}, method="step_pred", data=True),
+    "score_sde_correct": Kind("ScoreSdeVeScheduler", {}, method="step_correct"),
 }
 
 
@@ -89,19 +120,27 @@ def _step(scheduler_class: Any, kind: Kind, states: list[Tensor]) -> Callable[[]
     """A call that takes the same step in the middle of a run again and again; the steps before it were taken once."""
     scheduler = scheduler_class(**kind.config)
     scheduler.set_timesteps(STEPS)
-    times = list(scheduler.timesteps)
-    pairs = list(zip(states[::2], states[1::2], strict=True))
-    indexed = hasattr(scheduler, "_step_index")
+    if hasattr(scheduler, "set_sigmas"):
+        scheduler.set_sigmas(STEPS)
+    step = getattr(scheduler, kind.method)
+    taken = inspect.signature(step).parameters
     generator = torch.Generator(states[0].device)
-    given = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    if hasattr(scheduler, "is_scale_input_called"):
-        scheduler.scale_model_input(states[0], times[0])
+    given = {"generator": generator} if "generator" in taken else {}
     first = INDEX - INDEX % kind.calls
-    for index in range(first):
-        scheduler.step(pairs[index][1], times[index], pairs[index][0], return_dict=False, **given)
+    calls = []
+    for index, (t, x, m) in enumerate(zip(scheduler.timesteps, states[::2], states[1::2], strict=False)):
+        arguments = (m, t, x) if "timestep" in taken else (m, x)
+        further = given | kind.further(scheduler, index, x)
+        calls.append(functools.partial(step, *arguments, return_dict=False, **further))
+    if hasattr(scheduler, "is_scale_input_called"):
+        scheduler.scale_model_input(states[0], scheduler.timesteps[0])
+    for before in calls[:first]:
+        before()
 
+    indexed = hasattr(scheduler, "_step_index")
     pinned = {name: getattr(scheduler, name) for name in kind.pinned}
     draws = False
+    repeated = calls[first : first + kind.calls]
 
     def call() -> Tensor:
         if indexed:
@@ -110,9 +149,8 @@ def _step(scheduler_class: Any, kind: Kind, states: list[Tensor]) -> Callable[[]
             setattr(scheduler, name, value)
         if draws:
             generator.manual_seed(0)
-        for index in range(first, first + kind.calls):
-            x, m = pairs[index]
-            result: Tensor = scheduler.step(m, times[index], x, return_dict=False, **given)[0]
+        for one in repeated:
+            result: Tensor = one()[0]
         return result
 
     untouched = generator.get_state()

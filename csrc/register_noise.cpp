@@ -59,9 +59,7 @@ Tensor torch_normal(const std::optional<at::Generator>& generator, const std::ve
   constexpr int words = at::MERSENNE_STATE_N;
   MersenneTwister twister{data.state_.data(), data.left_ == 1 ? words : static_cast<int>(data.next_)};
   TorchNormalArgs args{&twister, out.numel(), values.data_ptr<float>(), array(out), at::get_num_threads()};
-#ifdef FASTDIFF_X86
-  cpu::AVX2::torch_normal(args);
-#endif
+  ON_CPU(torch_normal, args);
   data.next_ = static_cast<uint32_t>(twister.next);
   data.left_ = words - twister.next + 1;
   engine.set_data(data);

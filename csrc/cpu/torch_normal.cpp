@@ -4,23 +4,21 @@
 // processor with AVX2, so that bits are equal; only there is anything compiled.
 #include "ops.h"
 
-#ifdef CPU_CAPABILITY_AVX2
-
-#include <ATen/native/cpu/avx_mathfun.h>
-
 #include <algorithm>
 
+#include "box_muller.h"
 #include "convert.h"
 #include "parallel.h"
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
 
 namespace {
 
 constexpr int N = 624, M = 397;
-constexpr int GROUP = 16;           // elements made together: 8 radii and 8 angles
-constexpr int64_t BLOCK = 2048;     // elements of a task
-constexpr int64_t PARALLEL = 8192;  // elements below which threads cost more than they give
+constexpr int64_t BLOCK = 2048;      // elements of a task
+constexpr int64_t PARALLEL = 65536;  // elements below which threads cost more than they give
 
 inline uint32_t twist(uint32_t u, uint32_t v) {
   return (((u & 0x80000000u) | (v & 0x7fffffffu)) >> 1) ^ (-(v & 1u) & 0x9908b0dfu);
@@ -56,17 +54,15 @@ void uniforms(MersenneTwister& twister, float* out, int64_t count) {
   }
 }
 
-// sqrt(-2 log(1 - u)) cos(2 pi v), then with sin: u the first eight, v the last.
-void box_muller(float* group) {
-  const __m256 u = _mm256_sub_ps(_mm256_set1_ps(1.0f), _mm256_loadu_ps(group));
-  const __m256 angle = _mm256_mul_ps(_mm256_set1_ps(6.283185307179586f), _mm256_loadu_ps(group + 8));
-  const __m256 radius = _mm256_sqrt_ps(_mm256_mul_ps(_mm256_set1_ps(-2.0f), log256_ps(u)));
-  __m256 sine, cosine;
-  sincos256_ps(angle, &sine, &cosine);
-  // PyTorch ends with an addition of its mean, 0, which makes -0 a 0.
-  const __m256 mean = _mm256_setzero_ps();
-  _mm256_storeu_ps(group, _mm256_add_ps(_mm256_mul_ps(radius, cosine), mean));
-  _mm256_storeu_ps(group + 8, _mm256_add_ps(_mm256_mul_ps(radius, sine), mean));
+// Of `count` elements, a multiple of GROUP.
+void normals(float* values, int64_t count) {
+  int64_t i = 0;
+  for (; i + GROUPS * GROUP <= count; i += GROUPS * GROUP) box_muller(values + i);
+  if (i == count) return;
+  float padded[GROUPS * GROUP] = {};
+  std::copy(values + i, values + count, padded);
+  box_muller(padded);
+  std::copy_n(padded, count - i, values + i);
 }
 
 }  // namespace
@@ -79,11 +75,11 @@ void torch_normal(const TorchNormalArgs& args) {
   uniforms(*args.twister, values, args.out.type == Type::F32 ? args.count : whole);
   const int64_t tasks = (whole + BLOCK - 1) / BLOCK;
   parallel_for(tasks, args.count < PARALLEL ? 1 : args.threads, [&](int64_t task) {
-    for (int64_t i = task * BLOCK; i < std::min(whole, (task + 1) * BLOCK); i += GROUP) box_muller(values + i);
+    normals(values + task * BLOCK, std::min(BLOCK, whole - task * BLOCK));
   });
   if (whole != args.count) {
     uniforms(*args.twister, values + last, GROUP);
-    box_muller(values + last);
+    normals(values + last, GROUP);
   }
   if (args.out.type != Type::F32) store(values, args.out, 0, args.count);
 }
