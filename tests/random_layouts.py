@@ -105,7 +105,7 @@ def _shared(dice: Dice, stages: int) -> Config:
         "norm_eps": dice.one(1e-5, 1e-6, 1e-3),
         "act_fn": dice.choice(ACTIVATIONS),
         "flip_sin_to_cos": dice.chance(0.5),
-        "freq_shift": dice.one(0, 0, 1) if groups > 1 else 0,
+        "freq_shift": dice.one(0, 0, 1) if groups > 2 else 0,
         "resnet_time_scale_shift": dice.one("default", "default", "scale_shift"),
         "downsample_padding": dice.one(1, 1, 0),
         "mid_block_scale_factor": dice.one(1, 1, 1.5),
@@ -284,7 +284,7 @@ def _conditional_call(dice: Dice, seed: int, config: Config, sides: tuple[int, i
         config["time_cond_proj_dim"] = 5
         if dice.chance(0.8):
             call["timestep_cond"] = dice.normal(samples, 5)
-    if dice.chance(0.3):
+    if dice.chance(0.3) and call["encoder_hidden_states"] is not None:
         text = call["encoder_hidden_states"].shape[1]
         shape = (samples, text) if dice.chance(0.7) else (samples, 1, text)
         call["encoder_attention_mask"] = dice.mask(*shape)

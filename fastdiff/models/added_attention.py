@@ -17,8 +17,8 @@ __all__ = ["AddedAttention"]
 class AddedAttention(PackedAttention):
     """x + attention(group_norm x; keys and values of the text, then those of the pixels) for x (N, C, H, W).
 
-    only_text: without the keys and values of the pixels. text_norm: "layer_norm" or "group_norm", through which the text
-    goes first. mask: added to the scores of the text, or of the pixels too if it is as long as both.
+    only_text: without the keys and values of the pixels. text_norm: "layer_norm" or "group_norm", which the text goes
+    through first. The mask is added to the scores of the text, or of the pixels too if it is as long as both.
     Source: Nichol et al., "GLIDE", 2022, section 3, after Dhariwal and Nichol 2021.
     """
 

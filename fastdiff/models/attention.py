@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class PackedAttention(Attention):
         plain = norm is None or is_plain_norm(norm) or type(norm) is GroupNormSiLU
         if not (context.rewrites.text_cache and plain and all(map(is_plain, leaves))):
             return products(leaves, self._normed_text(tokens), context)
-        made_of = [tokens, *(value for leaf in leaves for value in (leaf.weight, leaf.bias) if value is not None)]
+        made_of: list[Any] = [tokens, *(w for leaf in leaves for w in (leaf.weight, leaf.bias) if w is not None)]
         if norm is not None:
             made_of += norm.parameters()
         if torch.is_grad_enabled() and (differentiated or any(tensor.requires_grad for tensor in made_of)):

@@ -100,7 +100,8 @@ class ResnetBlock(nn.Module):
         if self.time_emb_proj is None or time is None:
             return None
         projected: Tensor = self.time_emb_proj(time.activated if self.activated_time else time.embedding)
-        return projected if self.scale_shift or not self.folds_bias(context) else projected + self.conv1.bias
+        folded = not self.scale_shift and self.folds_bias(context)
+        return projected + self.conv1.bias if folded else projected  # type: ignore[operator]
 
     def time_layer(self) -> nn.Module | None:
         """The layer of `project`."""

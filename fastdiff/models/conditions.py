@@ -5,12 +5,12 @@ Source: Saharia et al. 2022 (pooled text); Razzhigaev et al., "Kandinsky", 2023 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastdiff.models.embeddings import EmbeddingMLP
 
@@ -48,7 +48,9 @@ class Pooling(nn.Module):
         tokens = torch.cat([mean, tokens], dim=1)
         projected = (self.q_proj(mean), self.k_proj(tokens), self.v_proj(tokens))
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
-        return F.scaled_dot_product_attention(q, k, v).flatten(1)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        # The library takes this softmax in float32 even in float64.
+        return (scores.float().softmax(dim=-1).to(v.dtype) @ v).flatten(1)
 
 
 class TextTime(nn.Module):

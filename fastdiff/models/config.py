@@ -103,16 +103,16 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 _SUPPORTED_OF: dict[str, dict[str, tuple[Any, ...]]] = {
     PLAIN: {
-        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in _PLAIN_KINDS) + ("ResnetDownsampleBlock2D",),
+        "down_block_types": (*tuple(f"{kind}DownBlock2D" for kind in _PLAIN_KINDS), "ResnetDownsampleBlock2D"),
         "mid_block_type": ("UNetMidBlock2D", None),
-        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in _PLAIN_KINDS) + ("ResnetUpsampleBlock2D",),
+        "up_block_types": (*tuple(f"{kind}UpBlock2D" for kind in _PLAIN_KINDS), "ResnetUpsampleBlock2D"),
         "class_embed_type": (None, "timestep", "identity"),
         "time_embedding_type": ("positional", "fourier", "learned"),
     },
     CONDITIONAL: {
-        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in _CROSSED_KINDS) + ("ResnetDownsampleBlock2D",),
+        "down_block_types": (*tuple(f"{kind}DownBlock2D" for kind in _CROSSED_KINDS), "ResnetDownsampleBlock2D"),
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None),
-        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in _CROSSED_KINDS) + ("ResnetUpsampleBlock2D",),
+        "up_block_types": (*tuple(f"{kind}UpBlock2D" for kind in _CROSSED_KINDS), "ResnetUpsampleBlock2D"),
         "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
         "time_embedding_type": ("positional", "fourier"),
     },
@@ -189,7 +189,7 @@ def check_groups(network: str, config: Mapping[str, Any]) -> None:
     """Errors: InputError if a stage's channels are not whole groups."""
     groups = config["norm_num_groups"]
     kinds = (*config["down_block_types"], *config["up_block_types"])
-    if groups is None and all(kind.startswith("K") or "Skip" in kind for kind in kinds):
+    if groups is None and kinds and all(kind.startswith("K") or "Skip" in kind for kind in kinds):
         return
     for channels in config["block_out_channels"]:
         if not isinstance(groups, int) or groups < 1 or channels % groups:
@@ -236,7 +236,9 @@ def _check_values(config: Mapping[str, Any], layout: str) -> None:
         if other is not None and config[other] is None:
             raise InputError(f"UNet: {key}={config[key]!r} needs {other}, which is None")
     kind = config.get("addition_embed_type")
-    needed = {"text_time": ("addition_time_embed_dim", "projection_class_embeddings_input_dim")}
+    needed: dict[str, tuple[str, ...]] = {
+        "text_time": ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    }
     needed |= dict.fromkeys(("image", "image_hint"), ("encoder_hid_dim",))
     for other in needed.get(kind, ()):  # type: ignore[arg-type]
         if config[other] is None:

@@ -98,6 +98,10 @@ class ControlNet(Trunk):
     def __init__(self, **config: Any) -> None:
         whole = complete(config)
         c = configuration.per_stage(configuration.complete(_of_unet(whole)))
+        c.class_act_fn = "silu"
+        if c.class_embed_type == "simple_projection":
+            # The library's class does not know it, and has no class embedding then.
+            c.class_embed_type = c.num_class_embeds = None
         super().__init__(whole, c)
         sizes = list(c.block_out_channels)
         self.controlnet_cond_embedding = ConditionEmbedding(

@@ -163,7 +163,7 @@ def _fits(network: UNet | ControlNet, sample: Tensor, timestep: Any) -> bool:
 
 
 def _stored_maps(network: UNet) -> int:
-    return 1 + sum(stored_maps(stage) for stage in network.down_blocks)  # type: ignore[arg-type]
+    return 1 + sum(map(stored_maps, network.down_blocks))  # type: ignore[arg-type]
 
 
 def _attention_kwargs(given: Mapping[str, Any] | None, gated: bool) -> tuple[Any, Mapping[str, Tensor] | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +63,7 @@ class ObjectEmbedding(nn.Module):
 def _layers(channels: int) -> nn.Sequential:
     sizes = (channels + _BOX, _HIDDEN, _HIDDEN, channels)
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 

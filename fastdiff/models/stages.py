@@ -82,28 +82,28 @@ def up_stage(c: SimpleNamespace, index: int, settings: ResnetSettings) -> UpStag
 def mid_stage(c: SimpleNamespace, settings: ResnetSettings) -> MidStage:
     """The middle."""
     kind, scale, last = c.mid_block_type, c.mid_block_scale_factor, len(c.block_out_channels) - 1
-    channels = c.block_out_channels[-1]
+    channels, groups = c.block_out_channels[-1], settings.groups
+    if groups is None:
+        groups = min(channels // 4, 32)
     attentions: list[nn.Module] = []
     if "CrossAttn" in kind:
         attentions = _attentions(c, kind, last, last, 1)
     elif not c.conditional and c.add_attention:
-        groups = c.attn_norm_num_groups
-        if groups is None and not settings.scale_shift:
-            groups = settings.groups
+        own = c.attn_norm_num_groups
+        if own is None and not settings.scale_shift:
+            own = groups
         head_dim = c.attention_head_dim[-1] or channels
-        attentions = [SpatialAttention(channels, head_dim=head_dim, groups=groups, eps=c.norm_eps, scale=scale)]
+        attentions = [SpatialAttention(channels, head_dim=head_dim, groups=own, eps=c.norm_eps, scale=scale)]
     # The conditional library class leaves out the second block together with the attention.
     count = 1 if c.conditional and not attentions else 2
     activated = kind != "UNetMidBlock2DSimpleCrossAttn" or not c.resnet_skip_time_act
-    return MidStage(
-        (ResnetBlock(channels, channels, settings, scale=scale, activated_time=activated) for _ in range(count)),
-        attentions,
-    )
+    options = {"scale": scale, "activated_time": activated, "groups": (groups, groups)}
+    return MidStage((ResnetBlock(channels, channels, settings, **options) for _ in range(count)), attentions)
 
 
 def stored_maps(stage: DownStage) -> int:
     """How many maps a stage on the way down stores."""
-    halved = isinstance(stage, SkipDownStage) and stage.resnet_down is not None
+    halved = int(isinstance(stage, SkipDownStage) and stage.resnet_down is not None)
     return len(stage.resnets) + len(stage.downsamplers) + halved
 
 
