@@ -18,6 +18,7 @@ from fastdiff.models.context import Context
 from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.filters import filter_down, filter_up
 from fastdiff.models.maps import Map, summed, total
+from fastdiff.models.prepacked import apply, convolve
 
 __all__ = ["AdaDownStage", "AdaUpStage", "ada_down_stage", "ada_up_stage"]
 
@@ -47,9 +48,9 @@ class AdaResnetBlock(nn.Module):
 
     def forward(self, x: Map, context: Context, skip: Tensor | None = None) -> Map:
         x = total(x) if skip is None else torch.cat([total(x), skip], dim=1)
-        h = self.conv1(self.act(self.norm1(x, context)))
-        h = self.conv2(self.dropout(self.act(self.norm2(h, context))))
-        return summed(x if self.conv_shortcut is None else self.conv_shortcut(x), h, 1.0, context)
+        h = convolve(self.conv1, self.act(self.norm1(x, context)), context.packs)
+        h = convolve(self.conv2, self.dropout(self.act(self.norm2(h, context))), context.packs)
+        return summed(x if self.conv_shortcut is None else apply(self.conv_shortcut, x, context.packs), h, 1.0, context)
 
 
 class AdaAttention(nn.Module):

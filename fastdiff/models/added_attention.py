@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastdiff.models.attention import PackedAttention, products, to_map, to_tokens
+from fastdiff.models.attention import PackedAttention, products_of, to_map, to_tokens
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Map, Sum, normed, total
+from fastdiff.models.prepacked import apply
 from fastdiff.nn import GroupNormSiLU
 
 __all__ = ["AddedAttention"]
@@ -44,14 +45,14 @@ class AddedAttention(PackedAttention):
         x = total(x)
         k, v = self.of_text((self.add_k_proj, self.add_v_proj), context.tokens, context, x.requires_grad)
         if self.only_text:
-            q = self.to_q(h)
+            q = apply(self.to_q, h, context.packs)
         else:
-            q, own_k, own_v = products((self.to_q, self.to_k, self.to_v), h, context)
+            q, own_k, own_v = products_of((self.to_q, self.to_k, self.to_v), h, context, context.packs)
             k, v = torch.cat([k, own_k], dim=1), torch.cat([v, own_v], dim=1)
         mask = context.token_mask if context.mask is None else context.mask
         if mask is not None and mask.shape[-1] != k.shape[1]:
             mask = F.pad(mask, (0, h.shape[1]))
-        attended = to_map(self.attend(q, k, v, mask), x)
+        attended = to_map(self.projected(self.joined(q, k, v, mask), context), x)
         return Sum(x, attended) if context.rewrites.folded_residual else x + attended
 
     def _packs(self) -> tuple[tuple[nn.Module, ...], ...]:

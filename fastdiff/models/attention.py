@@ -14,6 +14,7 @@ from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import Map, Sum, normed, scaled, total
+from fastdiff.models.prepacked import Packs, apply, products, takes
 from fastdiff.nn import GEGLU, Attention, GroupNormSiLU
 
 PROMPTS = 4
@@ -50,11 +51,17 @@ class PackedAttention(Attention):
         self, x: Tensor, context: Context, tokens: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         if tokens is None:
-            q, k, v = products((self.to_q, self.to_k, self.to_v), x, context)
+            q, k, v = products_of((self.to_q, self.to_k, self.to_v), x, context, context.packs)
         else:
-            q = self.to_q(x)
+            q = apply(self.to_q, x, context.packs)
             k, v = self.of_text((self.to_k, self.to_v), tokens, context, x.requires_grad)
-        return self.attend(q, k, v, mask)
+        return self.projected(self.joined(q, k, v, mask), context)
+
+    def projected(self, joined: Tensor, context: Context) -> Tensor:
+        """The last layers of what `joined` gives."""
+        for layer in self.to_out:
+            joined = apply(layer, joined, context.packs)
+        return joined
 
     def pack(self) -> None:
         """Lays the projections' parameters side by side now instead of at the first call, where they can be."""
@@ -76,15 +83,16 @@ class PackedAttention(Attention):
         norm = self.norm_cross
         plain = norm is None or is_plain_norm(norm) or type(norm) is GroupNormSiLU
         if not (context.rewrites.text_cache and plain and all(map(is_plain, leaves))):
-            return products(leaves, self._normed_text(tokens), context)
+            return products_of(leaves, self._normed_text(tokens), context, context.packs)
         made_of: list[Any] = [tokens, *(w for leaf in leaves for w in (leaf.weight, leaf.bias) if w is not None)]
         if norm is not None:
             made_of += norm.parameters()
         if torch.is_grad_enabled() and (differentiated or any(tensor.requires_grad for tensor in made_of)):
-            return products(leaves, self._normed_text(tokens), context)
+            return products_of(leaves, self._normed_text(tokens), context, None)
         kind = tokens.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self.text.get(autocast, made_of, lambda: products(leaves, self._normed_text(tokens), context))
+        # Once for a text, these are not worth a copy of the weights.
+        return self.text.get(autocast, made_of, lambda: products_of(leaves, self._normed_text(tokens), context, None))
 
     def _normed_text(self, tokens: Tensor) -> Tensor:
         if isinstance(self.norm_cross, GroupNormSiLU):
@@ -124,9 +132,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if context.rewrites.geglu:
-            return self.net[2](self.net[0](x))
-        value, gate = self.net[0].proj(x).chunk(2, dim=-1)  # type: ignore[operator]
-        return self.net[2](value * F.gelu(gate))
+            h = ops.geglu(apply(self.net[0].proj, x, context.packs))  # type: ignore[arg-type]
+        else:
+            value, gate = apply(self.net[0].proj, x, context.packs).chunk(2, dim=-1)  # type: ignore[arg-type]
+            h = value * F.gelu(gate)
+        return apply(self.net[2], h, context.packs)
 
 
 class TransformerBlock(nn.Module):
@@ -185,7 +195,7 @@ class Fuser(nn.Module):
         self.enabled = True
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        seen = torch.cat([x, self.linear(context.objects)], dim=1)
+        seen = torch.cat([x, apply(self.linear, context.objects, context.packs)], dim=1)
         attended = self.attn(self.norm1(seen), context)[:, : x.shape[1]]
         h, x = add_and_norm(self.norm2, x, self.alpha_attn.tanh() * attended, context)
         return x, self.alpha_dense.tanh() * self.ff(h, context)
@@ -227,15 +237,17 @@ class Transformer(nn.Module):
 
     def forward(self, x: Map, context: Context) -> Map:
         h, x = normed(self.norm, x, context), total(x)
-        tokens, residual = self._project(self.proj_in, to_tokens(h), x), None
+        tokens, residual = self._project(self.proj_in, to_tokens(h), x, context), None
         for block in self.transformer_blocks:
             tokens, residual = block(tokens, residual, context)
         if residual is not None:
             tokens = tokens + residual
-        out = to_map(self._project(self.proj_out, tokens, x), x)
+        out = to_map(self._project(self.proj_out, tokens, x, context), x)
         return Sum(x, out) if context.rewrites.folded_residual else x + out
 
-    def _project(self, layer: nn.Module, tokens: Tensor, like: Tensor) -> Tensor:
+    def _project(self, layer: nn.Module, tokens: Tensor, like: Tensor, context: Context) -> Tensor:
+        if context.packs is not None and takes((layer,), tokens, context.packs):
+            return products((layer,), tokens, context.packs)
         if is_plain(layer):
             # A 1x1 convolution is a linear layer: applied to tokens it needs no change of layout.
             return F.linear(tokens, layer.weight.flatten(1), layer.bias)  # type: ignore[arg-type, operator]
@@ -259,6 +271,8 @@ def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return type(norm) is nn.LayerNorm and not hooked
 
 
-def products(leaves: tuple[nn.Module, ...], x: Tensor, context: Context) -> tuple[Tensor, ...]:
+def products_of(leaves: tuple[nn.Module, ...], x: Tensor, context: Context, packs: Packs | None) -> tuple[Tensor, ...]:
     """What each of the layers gives for x, as one product where the rewrite of that name is on."""
-    return packing.product(leaves, x) if context.rewrites.qkv else tuple(leaf(x) for leaf in leaves)
+    return (
+        packing.product(leaves, x, packs) if context.rewrites.qkv else tuple(apply(leaf, x, packs) for leaf in leaves)
+    )

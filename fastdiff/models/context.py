@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from fastdiff.models.prepacked import Packs
 from fastdiff.models.rewrites import Rewrites
 
 
@@ -26,6 +27,7 @@ class Time:
 class Context:
     """time, the embedding of the timestep; tokens (B, S, channels).
 
+    packs              the weights as the CPU's products read them, where this call may use them
     projected          the time as each block takes it, where that was made beforehand
     mask, token_mask   (B, 1, 1 or queries, keys), added to the scores of the pixels and of the tokens
     objects            (B, objects, channels), what GLIGEN's layers look at
@@ -33,6 +35,7 @@ class Context:
     """
 
     rewrites: Rewrites = field(default_factory=Rewrites)
+    packs: Packs | None = None
     time: Time | None = None
     tokens: Tensor | None = None
     mask: Tensor | None = None

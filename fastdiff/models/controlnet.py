@@ -14,6 +14,7 @@ from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
 from fastdiff.models.context import Context
 from fastdiff.models.maps import total
+from fastdiff.models.prepacked import apply, convolve
 from fastdiff.models.stages import stored_maps
 from fastdiff.models.times import TimeTables
 from fastdiff.models.trunk import Trunk, as_bias
@@ -141,16 +142,17 @@ class ControlNet(Trunk):
         condition = self._condition(controlnet_cond, sample)
         context = Context(
             rewrites=self.rewrites,
+            packs=self.packs.ready(sample, self.rewrites),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
         )
         self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {})
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        x, skips = self._descend(self.conv_in(sample) + condition, context)
+        x, skips = self._descend(convolve(self.conv_in, sample, context.packs, addend=condition), context)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         stored = (total(each) for each in (*skips, x) if each is not None)
-        maps = [layer(each) for layer, each in zip(layers, stored, strict=True)]
+        maps = [apply(layer, each, context.packs) for layer, each in zip(layers, stored, strict=True)]
         maps = self._scaled(maps, conditioning_scale, guess_mode)
         if self.config["global_pool_conditions"]:
             maps = [each.mean(dim=(2, 3), keepdim=True) for each in maps]

@@ -13,6 +13,7 @@ from fastdiff.models.blocks import DownStage, ResnetBlock, UpStage
 from fastdiff.models.context import Context
 from fastdiff.models.filters import filter_down, filter_up
 from fastdiff.models.maps import Map, normed, total
+from fastdiff.models.prepacked import convolve
 from fastdiff.nn import GroupNormSiLU
 
 __all__ = ["PICTURE_CHANNELS", "SkipDownStage", "SkipUpStage"]
@@ -39,7 +40,7 @@ class SkipDownStage(DownStage):
         if self.resnet_down is not None and self.skip_conv is not None:
             assert context.picture is not None
             context.picture = filter_down(context.picture)
-            x = self.skip_conv(context.picture) + total(self.resnet_down(x, context))
+            x = convolve(self.skip_conv, context.picture, context.packs, addend=total(self.resnet_down(x, context)))
             skips.append(x)
         return x, skips
 
@@ -73,7 +74,7 @@ class SkipUpStage(UpStage):
         if context.picture is not None:
             context.picture = filter_up(context.picture)
         if self.resnet_up is not None:
-            own = self.skip_conv(normed(self.skip_norm, x, context))
+            own = convolve(self.skip_conv, normed(self.skip_norm, x, context), context.packs)
             context.picture = own if context.picture is None else context.picture + own
             x = self.resnet_up(x, context)
         return x

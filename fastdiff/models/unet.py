@@ -19,6 +19,7 @@ from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.gligen import ObjectEmbedding
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import Map, normed, settled, total
+from fastdiff.models.prepacked import convolve
 from fastdiff.models.stages import taken_maps, up_stage
 from fastdiff.models.times import TimeTables
 from fastdiff.models.trunk import Trunk, as_bias
@@ -90,6 +91,7 @@ class UNet(Trunk):
         added = added_cond_kwargs or {}
         context = Context(
             rewrites=self.rewrites,
+            packs=self.packs.ready(sample, self.rewrites),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
             token_mask=as_bias(encoder_attention_mask, sample),
@@ -142,13 +144,12 @@ class UNet(Trunk):
         if isinstance(self.add_embedding, ImageTime) and self._c.addition_embed_type == "image_hint":
             sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
         context.picture = sample
-        x: Tensor = self.conv_in(sample)
-        return x
+        return convolve(self.conv_in, sample, context.packs)
 
     def _leave(self, x: Map, context: Context) -> Tensor:
         """conv_out of the way up's output, to which NCSN++ adds the picture that came up with it."""
         if self.conv_norm_out is not None:
             x = normed(self.conv_norm_out, x, context, keep=False)
             x = x if self.conv_norm_out.silu else self.act(x)
-        out: Tensor = self.conv_out(total(x))
+        out = convolve(self.conv_out, total(x), context.packs)
         return out if context.picture is None else out + context.picture
