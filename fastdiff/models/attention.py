@@ -195,6 +195,7 @@ class Fuser(nn.Module):
         self.enabled = True
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        assert context.objects is not None
         seen = torch.cat([x, apply(self.linear, context.objects, context.packs)], dim=1)
         attended = self.attn(self.norm1(seen), context)[:, : x.shape[1]]
         h, x = add_and_norm(self.norm2, x, self.alpha_attn.tanh() * attended, context)

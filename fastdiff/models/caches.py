@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastdiff.models.arena import outside
+
 __all__ = ["Cache", "RunCache"]
 
 
@@ -42,7 +44,8 @@ class Cache:
                 self._entries.move_to_end(place)
                 return found[1]
         versions = [tensor._version for tensor in tensors]
-        value = make()
+        with outside():
+            value = make()
         # Making it may lay parameters side by side, which gives them another storage.
         seen = [_Seen.now(tensor, version) for tensor, version in zip(tensors, versions, strict=True)]
         with self._lock:
@@ -82,7 +85,8 @@ class RunCache(Cache):
             held["seen"] = True
             return None
         if "table" not in held:
-            held["table"] = make()
+            with outside():
+                held["table"] = make()
         return held["table"]
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
+from fastdiff.models.arena import in_arena
 from fastdiff.models.attention import PROMPTS, is_plain_norm
 from fastdiff.models.caches import Cache
 from fastdiff.models.conditions import ImageTime
@@ -60,6 +61,7 @@ class UNet(Trunk):
         self._time_runs = self._times.runs
         self.conv_out = nn.Conv2d(first, c.out_channels, c.conv_out_kernel, padding=(c.conv_out_kernel - 1) // 2)
 
+    @in_arena
     def forward(
         self,
         sample: Tensor,
