@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,42 +44,60 @@ class PackedAttention(Attention):
         self, channels: int, *, heads: int, head_dim: int, context_channels: int | None = None, bias: bool = False
     ) -> None:
         super().__init__(channels, heads=heads, head_dim=head_dim, context_channels=context_channels, bias=bias)
+        self.norm_cross: nn.Module | None = None
         self.text = Cache(size=PROMPTS)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Context, tokens: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         if tokens is None:
-            q, k, v = _products((self.to_q, self.to_k, self.to_v), x, context, context.packs)
+            q, k, v = products_of((self.to_q, self.to_k, self.to_v), x, context, context.packs)
         else:
             q = apply(self.to_q, x, context.packs)
-            k, v = self._keys_and_values(tokens, context, x.requires_grad)
-        joined = self.joined(q, k, v, mask)
+            k, v = self.of_text((self.to_k, self.to_v), tokens, context, x.requires_grad)
+        return self.projected(self.joined(q, k, v, mask), context)
+
+    def projected(self, joined: Tensor, context: Context) -> Tensor:
+        """The last layers of what `joined` gives."""
         for layer in self.to_out:
             joined = apply(layer, joined, context.packs)
         return joined
 
     def pack(self) -> None:
         """Lays the projections' parameters side by side now instead of at the first call, where they can be."""
-        packing.pack((self.to_q, self.to_k, self.to_v))
-        packing.pack((self.to_k, self.to_v))
+        for leaves in self._packs():
+            packing.pack(leaves)
 
     def unpack(self) -> None:
         """Gives the projections' parameters memory of their own again."""
-        packing.unpack((self.to_q, self.to_k, self.to_v))
-        packing.unpack((self.to_k, self.to_v))
+        for leaves in self._packs():
+            packing.unpack(leaves)
 
-    def _keys_and_values(self, tokens: Tensor, context: Context, differentiated: bool) -> tuple[Tensor, ...]:
-        leaves = (self.to_k, self.to_v)
-        if not context.rewrites.text_cache or not all(map(is_plain, leaves)):
-            return _products(leaves, tokens, context, context.packs)
-        made_of = [tokens, *(value for leaf in leaves for value in (leaf.weight, leaf.bias) if value is not None)]
+    def _packs(self) -> tuple[tuple[nn.Module, ...], ...]:
+        return (self.to_q, self.to_k, self.to_v), (self.to_k, self.to_v)
+
+    def of_text(
+        self, leaves: tuple[nn.Module, ...], tokens: Tensor, context: Context, differentiated: bool
+    ) -> tuple[Tensor, ...]:
+        """The layers' products with the text, or with norm_cross of it; computed once for a text where they can be."""
+        norm = self.norm_cross
+        plain = norm is None or is_plain_norm(norm) or type(norm) is GroupNormSiLU
+        if not (context.rewrites.text_cache and plain and all(map(is_plain, leaves))):
+            return products_of(leaves, self._normed_text(tokens), context, context.packs)
+        made_of: list[Any] = [tokens, *(w for leaf in leaves for w in (leaf.weight, leaf.bias) if w is not None)]
+        if norm is not None:
+            made_of += norm.parameters()
         if torch.is_grad_enabled() and (differentiated or any(tensor.requires_grad for tensor in made_of)):
-            return _products(leaves, tokens, context, None)
+            return products_of(leaves, self._normed_text(tokens), context, None)
         kind = tokens.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         # Once for a text, these are not worth a copy of the weights.
-        return self.text.get(autocast, made_of, lambda: _products(leaves, tokens, context, None))
+        return self.text.get(autocast, made_of, lambda: products_of(leaves, self._normed_text(tokens), context, None))
+
+    def _normed_text(self, tokens: Tensor) -> Tensor:
+        if isinstance(self.norm_cross, GroupNormSiLU):
+            return self.norm_cross(tokens.transpose(1, 2)).transpose(1, 2)
+        return tokens if self.norm_cross is None else self.norm_cross(tokens)
 
 
 class SpatialAttention(PackedAttention):
@@ -124,12 +142,15 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """x += self-attention(norm1 x); x += cross-attention(norm2 x, tokens); x += feed-forward(norm3 x).
 
-    crossed_first: the first attention reads the tokens too (the library's only_cross_attention).
+    crossed_first: the first attention reads the tokens too (the library's only_cross_attention). gated: between the two
+    attentions is a `Fuser`, which objects go through.
     forward(x, residual, context) takes and gives a sum that is still to be made, (x, residual): the norm that reads it
     next makes it. A residual of None stands for zero.
     """
 
-    def __init__(self, channels: int, *, heads: int, context_channels: int, crossed_first: bool) -> None:
+    def __init__(
+        self, channels: int, *, heads: int, context_channels: int, crossed_first: bool, gated: bool = False
+    ) -> None:
         super().__init__()
         head_dim = channels // heads
         self.crossed_first = crossed_first
@@ -140,20 +161,52 @@ class TransformerBlock(nn.Module):
         self.attn2 = PackedAttention(channels, heads=heads, head_dim=head_dim, context_channels=context_channels)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
+        self.fuser = Fuser(channels, heads=heads, object_channels=context_channels) if gated else None
 
     def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         h, x = add_and_norm(self.norm1, x, residual, context)
         first = self.attn1(h, context, context.tokens if self.crossed_first else None, context.mask)
-        h, x = add_and_norm(self.norm2, x, scaled(first, 1.0, context), context)
+        first = scaled(first, 1.0, context)
+        if self.fuser is not None and context.objects is not None and self.fuser.enabled:
+            x, first = self.fuser(first + x, context)
+        h, x = add_and_norm(self.norm2, x, first, context)
         second = self.attn2(h, context, context.tokens, context.token_mask)
         h, x = add_and_norm(self.norm3, x, scaled(second, 1.0, context), context)
         return x, self.ff(h, context)
 
 
+class Fuser(nn.Module):
+    """x += tanh(alpha_attn) attention(norm1 [x, W objects]); x += tanh(alpha_dense) feed-forward(norm2 x).
+
+    forward(x, context) gives the sum that is still to be made, (x, residual). enabled: whether the objects are looked
+    at, which callers change from step to step.
+    Source: Li et al., "GLIGEN: Open-Set Grounded Text-to-Image Generation", 2023, section 3.
+    """
+
+    def __init__(self, channels: int, *, heads: int, object_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(object_channels, channels)
+        self.attn = PackedAttention(channels, heads=heads, head_dim=channels // heads)
+        self.ff = FeedForward(channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.alpha_attn = nn.Parameter(torch.tensor(0.0))
+        self.alpha_dense = nn.Parameter(torch.tensor(0.0))
+        self.enabled = True
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        assert context.objects is not None
+        seen = torch.cat([x, apply(self.linear, context.objects, context.packs)], dim=1)
+        attended = self.attn(self.norm1(seen), context)[:, : x.shape[1]]
+        h, x = add_and_norm(self.norm2, x, self.alpha_attn.tanh() * attended, context)
+        return x, self.alpha_dense.tanh() * self.ff(h, context)
+
+
 class Transformer(nn.Module):
     """x + proj_out(blocks(proj_in(group_norm(x)))) over the pixels of x (N, C, H, W).
 
-    linear: whether the projections' weights are stored as (C, C) or as those of 1x1 convolutions (C, C, 1, 1).
+    linear: whether the projections' weights are stored as (C, C) or as those of 1x1 convolutions (C, C, 1, 1). Between
+    them are heads * (channels // heads) channels.
     The result may be given as a `Sum`.
     Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, section 3.3.
     """
@@ -168,16 +221,20 @@ class Transformer(nn.Module):
         groups: int,
         linear: bool,
         crossed_first: bool,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
+        inner = channels // heads * heads
         self.norm = GroupNormSiLU(groups, channels, eps=1e-6, silu=False)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, heads=heads, context_channels=context_channels, crossed_first=crossed_first)
+            TransformerBlock(
+                inner, heads=heads, context_channels=context_channels, crossed_first=crossed_first, gated=gated
+            )
             for _ in range(layers)
         )
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Map, context: Context) -> Map:
         h, x = normed(self.norm, x, context), total(x)
@@ -215,7 +272,8 @@ def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return type(norm) is nn.LayerNorm and not hooked
 
 
-def _products(leaves: tuple[nn.Module, ...], x: Tensor, context: Context, packs: Packs | None) -> tuple[Tensor, ...]:
+def products_of(leaves: tuple[nn.Module, ...], x: Tensor, context: Context, packs: Packs | None) -> tuple[Tensor, ...]:
+    """What each of the layers gives for x, as one product where the rewrite of that name is on."""
     return (
         packing.product(leaves, x, packs) if context.rewrites.qkv else tuple(apply(leaf, x, packs) for leaf in leaves)
     )

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from fastdiff import ops
 from fastdiff.models.attention import to_map, to_tokens
 from fastdiff.models.caches import Cache
-from fastdiff.models.context import Context
+from fastdiff.models.context import Context, Time
+from fastdiff.models.embeddings import ACTIVATIONS
+from fastdiff.models.filters import filter_down, filter_up
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import Map, normed, settled, summed, total
 from fastdiff.models.prepacked import apply, convolve, takes
@@ -29,13 +31,16 @@ class ResnetSettings:
     eps: float
     dropout: float
     scale_shift: bool
+    act: str = "silu"
 
 
 class ResnetBlock(nn.Module):
-    """shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time)))), divided by `scale` if it is not 1.
+    """shortcut(x) + conv2(dropout(act(norm2(conv1(act(norm1(x))) + time)))), divided by `scale` if it is not 1.
 
     With scale_shift the time does not enter before norm2: its two halves a, b turn norm2's result n into n (1 + a) + b.
-    resample: "down" halves, "up" doubles the picture, both before conv1 and in the shortcut.
+    resample: "down" halves, "up" doubles the picture, both before conv1 and in the shortcut; smooth: as `filters` does
+    it, and with a convolution in the shortcut. activated_time: whether the time is read through the activation.
+    groups: those of norm1 and norm2 where they are not the settings'.
     x: (N, in_channels, H, W), or with `skip` the first of those channels, of which skip has the rest. Result
     (N, out_channels, H', W'), which may be given as a `Sum`.
     Source: Ho et al. 2020, appendix B; scale_shift and resample: Dhariwal and Nichol 2021, section 3.
@@ -49,26 +54,39 @@ class ResnetBlock(nn.Module):
         *,
         scale: float = 1.0,
         resample: str | None = None,
+        smooth: bool = False,
+        activated_time: bool = True,
+        groups: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.scale_shift, self.scale, self.resample = settings.scale_shift, scale, resample
-        self.norm1 = GroupNormSiLU(settings.groups, in_channels, eps=settings.eps)
+        self.scale_shift, self.scale, self.resample, self.smooth = settings.scale_shift, scale, resample, smooth
+        self.activated_time = activated_time
+        first, second = groups or (settings.groups, settings.groups)
+        silu = settings.act in ("silu", "swish")
+        self.act = F.silu if silu else ACTIVATIONS[settings.act]
+        self.norm1 = GroupNormSiLU(first, in_channels, eps=settings.eps, silu=silu)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         projected = out_channels * (2 if self.scale_shift else 1)
         times = settings.time_channels
         self.time_emb_proj = None if times is None else nn.Linear(times, projected)
-        self.norm2 = GroupNormSiLU(settings.groups, out_channels, eps=settings.eps, silu=not self.scale_shift)
+        self.norm2 = GroupNormSiLU(second, out_channels, eps=settings.eps, silu=silu and not self.scale_shift)
         self.dropout = nn.Dropout(settings.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        own_shortcut = in_channels != out_channels or smooth
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if own_shortcut else None
         self._folded = Cache(1)
 
     def forward(self, x: Map, context: Context, skip: Tensor | None = None, size: torch.Size | None = None) -> Map:
         if skip is not None and not self._splits(total(x), skip, context):
             x, skip = torch.cat([total(x), skip], dim=1), None
         h, x = normed(self.norm1, x, context, second=skip), total(x)
+        if not self.norm1.silu:
+            h = self.act(h)
         bias = not self.folds_bias(context)
-        if self.resample == "up":
+        if self.smooth:
+            change = filter_up if self.resample == "up" else filter_down
+            h, x = convolve(self.conv1, change(h), context.packs, bias=bias), change(x)
+        elif self.resample == "up":
             h, x = _convolve_doubled(self.conv1, h, self._folded, context, size, bias=bias), _double(x, size)
         elif self.resample == "down":
             h, x = convolve(self.conv1, _halve(h), context.packs, bias=bias), _halve(x)
@@ -81,12 +99,17 @@ class ResnetBlock(nn.Module):
             return convolve(self.conv2, h, context.packs, addend=x)
         return summed(x, apply(self.conv2, h, context.packs), self.scale, context)
 
-    def project(self, time: Tensor | None, context: Context) -> Tensor | None:
+    def project(self, time: Time | None, context: Context) -> Tensor | None:
         """The time (N, time_channels) as norm2 takes it: what is added before it, or with scale_shift [a, b]."""
         if self.time_emb_proj is None or time is None:
             return None
-        projected = self.time_emb_proj(time)
-        return projected if self.scale_shift or not self.folds_bias(context) else projected + self.conv1.bias
+        projected: Tensor = self.time_emb_proj(time.activated if self.activated_time else time.embedding)
+        folded = not self.scale_shift and self.folds_bias(context)
+        return projected + self.conv1.bias if folded else projected  # type: ignore[operator]
+
+    def time_layer(self) -> nn.Module | None:
+        """The layer of `project`."""
+        return self.time_emb_proj
 
     def folds_bias(self, context: Context) -> bool:
         """Whether conv1's bias is added where norm2 reads."""
@@ -123,8 +146,8 @@ class ResnetBlock(nn.Module):
         h = normed(self.norm2, h, context, addend=addend)
         if self.scale_shift and time is not None:
             a, b = time[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(h * (1 + a) + b)
-        return h
+            h = h * (1 + a) + b
+        return h if self.norm2.silu else self.act(h)
 
 
 class Downsample(nn.Module):
@@ -185,7 +208,10 @@ class _Stage(nn.Module):
 
 
 class DownStage(_Stage):
-    """One resolution on the way down; gives its output and the output of each of its layers, for the way up."""
+    """One resolution on the way down; gives its output and the output of each of its layers, for the way up.
+
+    residual: added to the last layer's output, of which what comes after it is made.
+    """
 
     def __init__(
         self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module], downsampler: nn.Module | None
@@ -193,11 +219,13 @@ class DownStage(_Stage):
         super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
-    def forward(self, x: Map, context: Context) -> tuple[Map, list[Map]]:
-        skips = []
+    def forward(self, x: Map, context: Context, residual: Tensor | None = None) -> tuple[Map, list[Map | None]]:
+        skips: list[Map | None] = []
         for index in range(len(self.resnets)):
             x = self._layer(index, x, context)
             skips.append(x)
+        if residual is not None:
+            x = skips[-1] = total(x) + residual
         for downsampler in self.downsamplers:
             x = downsampler(x, context)
             skips.append(x)
@@ -223,8 +251,9 @@ class UpStage(_Stage):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
-    def forward(self, x: Map, skips: list[Map], context: Context, size: torch.Size | None) -> Map:
+    def forward(self, x: Map, skips: list[Map | None], context: Context, size: torch.Size | None = None) -> Map:
         for index, skip in enumerate(reversed(skips)):
+            assert skip is not None
             x = self._layer(index, x, context, total(skip))
         for upsampler in self.upsamplers:
             x = upsampler(x, context, size=size)

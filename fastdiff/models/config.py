@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastdiff.errors import InputError
+from fastdiff.models.conditions import ADDED
+from fastdiff.models.embeddings import ACTIVATIONS
 
 PLAIN = "UNet2DModel"
 CONDITIONAL = "UNet2DConditionModel"
@@ -83,34 +85,34 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+_PLAIN_KINDS = ("", "Attn", "Skip", "AttnSkip", "K")
+_CROSSED_KINDS = ("CrossAttn", "SimpleCrossAttn", "KCrossAttn", "", "Attn", "K")
+
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
+    "act_fn": tuple(ACTIVATIONS),
     "resnet_time_scale_shift": ("default", "scale_shift"),
-    "downsample_padding": (0, 1),
     "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
-    "cross_attention_norm": (None,),
-    "dual_cross_attention": (False,),
-    "attention_type": ("default",),
-    "encoder_hid_dim_type": (None, "text_proj"),
-    "addition_embed_type": (None, "text_time"),
-    "resnet_skip_time_act": (False,),
-    "time_embedding_act_fn": (None, "silu", "swish", "gelu", "mish", "relu"),
-    "timestep_post_act": (None, "silu", "swish", "gelu", "mish", "relu"),
+    "cross_attention_norm": (None, "layer_norm", "group_norm"),
+    "attention_type": ("default", "gated", "gated-text-image"),
+    "encoder_hid_dim_type": (None, "text_proj", "text_image_proj", "image_proj"),
+    "addition_embed_type": tuple(ADDED),
+    "time_embedding_act_fn": (None, *ACTIVATIONS),
+    "timestep_post_act": (None, *ACTIVATIONS),
 }
 
 _SUPPORTED_OF: dict[str, dict[str, tuple[Any, ...]]] = {
     PLAIN: {
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "down_block_types": (*tuple(f"{kind}DownBlock2D" for kind in _PLAIN_KINDS), "ResnetDownsampleBlock2D"),
         "mid_block_type": ("UNetMidBlock2D", None),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "up_block_types": (*tuple(f"{kind}UpBlock2D" for kind in _PLAIN_KINDS), "ResnetUpsampleBlock2D"),
         "class_embed_type": (None, "timestep", "identity"),
         "time_embedding_type": ("positional", "fourier", "learned"),
     },
     CONDITIONAL: {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "down_block_types": (*tuple(f"{kind}DownBlock2D" for kind in _CROSSED_KINDS), "ResnetDownsampleBlock2D"),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None),
+        "up_block_types": (*tuple(f"{kind}UpBlock2D" for kind in _CROSSED_KINDS), "ResnetUpsampleBlock2D"),
         "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
         "time_embedding_type": ("positional", "fourier"),
     },
@@ -125,12 +127,15 @@ _PER_STAGE = (
     "transformer_layers_per_block",
 )
 
+_DUAL = ("CrossAttn", "UNetMidBlock2DCrossAttn")
+"""Blocks that dual_cross_attention changes."""
+
 _NEEDS: dict[str, dict[str, str]] = {
     "class_embed_type": {
         "projection": "projection_class_embeddings_input_dim",
         "simple_projection": "projection_class_embeddings_input_dim",
     },
-    "encoder_hid_dim_type": {"text_proj": "encoder_hid_dim"},
+    "encoder_hid_dim_type": dict.fromkeys(("text_proj", "text_image_proj", "image_proj"), "encoder_hid_dim"),
     "time_embedding_type": {"learned": "num_train_timesteps"},
 }
 
@@ -183,6 +188,9 @@ def check_supported(network: str, config: Mapping[str, Any], supported: Mapping[
 def check_groups(network: str, config: Mapping[str, Any]) -> None:
     """Errors: InputError if a stage's channels are not whole groups."""
     groups = config["norm_num_groups"]
+    kinds = (*config["down_block_types"], *config["up_block_types"])
+    if groups is None and kinds and all(kind.startswith("K") or "Skip" in kind for kind in kinds):
+        return
     for channels in config["block_out_channels"]:
         if not isinstance(groups, int) or groups < 1 or channels % groups:
             raise InputError(f"{network}: block_out_channels={channels} is not divisible by norm_num_groups={groups}")
@@ -199,6 +207,9 @@ def per_stage(config: Mapping[str, Any]) -> SimpleNamespace:
     c.num_attention_heads = c.attention_head_dim if c.num_attention_heads is None else c.num_attention_heads
     for key in _PER_STAGE:
         setattr(c, key, spread(getattr(c, key), len(c.block_out_channels)))
+    if c.mid_block_only_cross_attention is None:
+        c.mid_block_only_cross_attention = config.get("only_cross_attention") is True
+    c.class_act_fn = c.act_fn if c.conditional else "silu"
     c.crossed = any("CrossAttn" in str(kind) for kind in (c.mid_block_type, *c.down_block_types, *c.up_block_types))
     return c
 
@@ -224,10 +235,17 @@ def _check_values(config: Mapping[str, Any], layout: str) -> None:
         other = needs.get(config.get(key))  # type: ignore[arg-type]
         if other is not None and config[other] is None:
             raise InputError(f"UNet: {key}={config[key]!r} needs {other}, which is None")
-    if config.get("addition_embed_type") == "text_time":
-        for other in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-            if config[other] is None:
-                raise InputError(f"UNet: addition_embed_type='text_time' needs {other}, which is None")
+    kind = config.get("addition_embed_type")
+    needed: dict[str, tuple[str, ...]] = {
+        "text_time": ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    }
+    needed |= dict.fromkeys(("image", "image_hint"), ("encoder_hid_dim",))
+    for other in needed.get(kind, ()):  # type: ignore[arg-type]
+        if config[other] is None:
+            raise InputError(f"UNet: addition_embed_type={kind!r} needs {other}, which is None")
+    blocks = (config["mid_block_type"], *config["down_block_types"], *config["up_block_types"])
+    if config.get("dual_cross_attention") and any(str(block).startswith(_DUAL) for block in blocks):
+        raise InputError("UNet: dual_cross_attention=True is not supported; expected False")
 
 
 def _check_lengths(config: Mapping[str, Any]) -> None:
@@ -238,4 +256,7 @@ def _check_lengths(config: Mapping[str, Any]) -> None:
             raise InputError(
                 f"UNet: {key} has {len(value)} entries; expected {stages}, one for each of block_out_channels"
             )
+    padding = config["downsample_padding"]
+    if not isinstance(padding, int) or padding < 0:
+        raise InputError(f"UNet: downsample_padding={padding!r}; expected a whole number, 0 or more")
     check_groups("UNet", config)

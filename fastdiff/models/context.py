@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -11,19 +12,34 @@ from fastdiff.models.prepacked import Packs
 from fastdiff.models.rewrites import Rewrites
 
 
+class Time:
+    """The embedding of the time (N, channels), and that embedding activated, which is made once for all blocks."""
+
+    def __init__(self, embedding: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+        self.embedding, self._activation = embedding, activation
+
+    @cached_property
+    def activated(self) -> Tensor:
+        return self._activation(self.embedding)
+
+
 @dataclass
 class Context:
-    """time (N, channels), the embedding of the timestep, activated already; tokens (B, S, channels).
+    """time, the embedding of the timestep; tokens (B, S, channels).
 
     packs              the weights as the CPU's products read them, where this call may use them
-    projected          the time as each residual block takes it, where that was made beforehand
-    mask, token_mask   (B, 1, 1, keys), added to the scores of the pixels and of the tokens
+    projected          the time as each block takes it, where that was made beforehand
+    mask, token_mask   (B, 1, 1 or queries, keys), added to the scores of the pixels and of the tokens
+    objects            (B, objects, channels), what GLIGEN's layers look at
+    picture            (B, 3, H, W), what NCSN++'s stages carry beside the feature map
     """
 
     rewrites: Rewrites = field(default_factory=Rewrites)
     packs: Packs | None = None
-    time: Tensor | None = None
+    time: Time | None = None
     tokens: Tensor | None = None
     mask: Tensor | None = None
     token_mask: Tensor | None = None
     projected: Mapping[nn.Module, Tensor] | None = None
+    objects: Tensor | None = None
+    picture: Tensor | None = None

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
 from fastdiff.models.arena import in_arena
-from fastdiff.models.blocks import ResnetBlock
 from fastdiff.models.context import Context
 from fastdiff.models.maps import total
 from fastdiff.models.prepacked import apply, convolve
+from fastdiff.models.stages import stored_maps
 from fastdiff.models.times import TimeTables
 from fastdiff.models.trunk import Trunk, as_bias
 
@@ -60,6 +60,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "addition_embed_type": (None, "text", "text_time"),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
     "controlnet_conditioning_channel_order": ("rgb", "bgr"),
 }
@@ -99,17 +100,21 @@ class ControlNet(Trunk):
     def __init__(self, **config: Any) -> None:
         whole = complete(config)
         c = configuration.per_stage(configuration.complete(_of_unet(whole)))
+        c.class_act_fn = "silu"
+        if c.class_embed_type == "simple_projection":
+            # The library's class does not know it, and has no class embedding then.
+            c.class_embed_type = c.num_class_embeds = None
         super().__init__(whole, c)
         sizes = list(c.block_out_channels)
         self.controlnet_cond_embedding = ConditionEmbedding(
             whole["conditioning_channels"], whole["conditioning_embedding_out_channels"], sizes[0]
         )
         stored = [sizes[0]]
-        for stage, layers, size in zip(self.down_blocks, c.layers_per_block, sizes, strict=True):
-            stored += [size] * (layers + len(stage.downsamplers))  # type: ignore[arg-type]
+        for stage, size in zip(self.down_blocks, sizes, strict=True):
+            stored += [size] * stored_maps(stage)  # type: ignore[arg-type]
         self.controlnet_down_blocks = nn.ModuleList(_zero(nn.Conv2d(size, size, 1)) for size in stored)
         self.controlnet_mid_block = _zero(nn.Conv2d(sizes[-1], sizes[-1], 1))
-        self._times = TimeTables(block for block in self.modules() if isinstance(block, ResnetBlock))
+        self._times = TimeTables(self)
         self._time_runs = self._times.runs
 
     @in_arena
@@ -148,7 +153,8 @@ class ControlNet(Trunk):
             sample = sample.contiguous(memory_format=torch.channels_last)
         x, skips = self._descend(convolve(self.conv_in, sample, context.packs, addend=condition), context)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
-        maps = [apply(layer, total(each), context.packs) for layer, each in zip(layers, (*skips, x), strict=True)]
+        stored = (total(each) for each in (*skips, x) if each is not None)
+        maps = [apply(layer, each, context.packs) for layer, each in zip(layers, stored, strict=True)]
         maps = self._scaled(maps, conditioning_scale, guess_mode)
         if self.config["global_pool_conditions"]:
             maps = [each.mean(dim=(2, 3), keepdim=True) for each in maps]

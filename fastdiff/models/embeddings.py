@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -11,7 +12,13 @@ from torch.nn import functional as F
 
 from fastdiff.errors import InputError
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "mish": F.mish, "relu": F.relu, None: None}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+    "relu": F.relu,
+}
 
 
 class Sinusoids(nn.Module):
@@ -60,29 +67,36 @@ class LearnedTimes(nn.Embedding):
 
 
 class EmbeddingMLP(nn.Module):
-    """post_act(W2 silu(W1 (x + Wc condition) + b1) + b2); (N, in_channels) -> (N, channels)."""
+    """post_act(W2 act(W1 (x + Wc condition) + b1) + b2); (N, in_channels) -> (N, channels)."""
 
     def __init__(
-        self, in_channels: int, channels: int, *, condition_channels: int | None = None, post_act: str | None = None
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        act: str = "silu",
+        condition_channels: int | None = None,
+        post_act: str | None = None,
     ) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, channels)
         self.linear_2 = nn.Linear(channels, channels)
         if condition_channels is not None:
             self.cond_proj = nn.Linear(condition_channels, in_channels, bias=False)
-        self.post_act = ACTIVATIONS[post_act]
+        self.act = ACTIVATIONS[act]
+        self.post_act = None if post_act is None else ACTIVATIONS[post_act]
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is not None:
             x = x + self.cond_proj(condition)
-        x = self.linear_2(F.silu(self.linear_1(x)))
+        x = self.linear_2(self.act(self.linear_1(x)))
         return x if self.post_act is None else self.post_act(x)
 
 
 def class_embedding(c: SimpleNamespace, features: int, channels: int) -> nn.Module | None:
     """The module that a configuration asks for; what it gives has `channels`."""
     if c.class_embed_type == "timestep":
-        return EmbeddingMLP(features, channels)
+        return EmbeddingMLP(features, channels, act=c.class_act_fn)
     if c.class_embed_type == "identity":
         return nn.Identity()
     if c.class_embed_type == "projection":

@@ -26,7 +26,9 @@ _SHARED = (*_LEAVES, nn.LayerNorm, nn.Embedding)
 """The other network's objects take the place of ours. Other modules of ours only read the other's parameters."""
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 """Ways of computing one and the same attention."""
-_FREE = frozenset({"training", "gradient_checkpointing", "sliceable_head_dim"})
+_ADDED_PROCESSORS = tuple(name.replace("Attn", "AttnAddedKV") for name in _PROCESSORS)
+"""The same where the text has projections of its own."""
+_FREE = frozenset({"training", "gradient_checkpointing", "sliceable_head_dim", "enabled"})
 """Attributes that change how a module of the library computes but not what."""
 
 _parents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -252,7 +254,8 @@ def _difference(module: nn.Module, path: str, known: Facts) -> str | None:
         elif callable(getattr(type(module), name, None)) and not isinstance(value, Forward):
             return f"{path}.{name} was replaced"
     processor = held.get("processor")
-    if processor is not None and not _is_library_processor(processor):
+    names = _PROCESSORS if held.get("added_kv_proj_dim") is None else _ADDED_PROCESSORS
+    if processor is not None and not _is_library_processor(processor, names):
         return f"{path} has the attention processor {_name(type(processor))}"
     shapes = {name: None if p is None else p.shape for name, p in held["_parameters"].items()}
     if shapes != known.shapes:
@@ -260,9 +263,9 @@ def _difference(module: nn.Module, path: str, known: Facts) -> str | None:
     return None
 
 
-def _is_library_processor(processor: Any) -> bool:
+def _is_library_processor(processor: Any, names: tuple[str, ...]) -> bool:
     kind = type(processor)
-    return kind.__name__ in _PROCESSORS and kind.__module__.startswith("diffusers.")
+    return kind.__name__ in names and kind.__module__.startswith("diffusers.")
 
 
 def _places(network: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:

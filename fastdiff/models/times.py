@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastdiff.models.ada import AdaNorm
 from fastdiff.models.arena import outside
+from fastdiff.models.attention import is_plain_norm
 from fastdiff.models.blocks import ResnetBlock
 from fastdiff.models.caches import Cache
-from fastdiff.models.context import Context
+from fastdiff.models.conditions import ImageTime, Pooling, TextImageTime, TextTime
+from fastdiff.models.context import Context, Time
 from fastdiff.models.embeddings import EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import settled
@@ -19,10 +22,13 @@ MOST_ROWS = 2048
 """Rows (steps times samples) of the largest table that is made: about 80 MB for Stable Diffusion in half precision."""
 RUNS = 4
 """Runs that may take turns on one network, each with a table of its own."""
-_EMBEDDERS = (EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids, nn.Embedding, nn.Identity)
+_EMBEDDERS = (
+    *(EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids, nn.Embedding, nn.Identity),
+    *(ImageTime, Pooling, TextImageTime, TextTime),
+)
 
 Projected = Mapping[nn.Module, Tensor]
-Embed = Callable[[Tensor, Sequence[Tensor | None]], Tensor]
+Embed = Callable[[Tensor, Sequence[Tensor | None]], Time]
 
 
 @dataclass
@@ -34,10 +40,13 @@ class _Run:
 
 
 class TimeTables:
-    """For each run what `ResnetBlock.project` gives for every time of the run's vector of times, (N, channels) each."""
+    """For each run what the blocks' `project` gives for every time of the run's vector of times, (N, channels) each.
 
-    def __init__(self, blocks: Iterable[ResnetBlock]) -> None:
-        self._blocks = list(blocks)
+    network: a module whose blocks are all there.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._blocks = [block for block in network.modules() if isinstance(block, ResnetBlock | AdaNorm)]
         self.runs = Cache(RUNS)
 
     def find(
@@ -52,8 +61,8 @@ class TimeTables:
         """The row of this call, or None where there is no table: it is made when a run is seen to go on.
 
         timestep: what the network was called with. conditions: (N, ...) or None, all that the embedding depends on
-        besides the time. embedders: the modules that `embed` calls. embed(times (M,), conditions (M, ...)): the
-        activated embedding (M, time_channels).
+        besides the time. embedders: the modules that `embed` calls. embed(times (k N,), conditions (N, ...)): the
+        embedding (k N, time_channels), in which the conditions come again for each N times.
         """
         place = locate(timestep)
         given = [value for value in conditions if value is not None]
@@ -80,8 +89,7 @@ class TimeTables:
         self, times: Tensor, samples: int, conditions: Sequence[Tensor | None], embed: Embed, context: Context
     ) -> list[Projected]:
         steps = len(times)
-        repeated = [None if value is None else value.repeat(steps, *[1] * (value.dim() - 1)) for value in conditions]
-        time = embed(times.repeat_interleave(samples), repeated)
+        time = embed(times.repeat_interleave(samples), conditions)
         columns = []
         for block in self._blocks:
             projected = block.project(time, context)
@@ -92,13 +100,15 @@ class TimeTables:
     def _weights(self, embedders: Iterable[nn.Module | None], context: Context) -> list[Tensor] | None:
         """All parameters that the table is made of; None if some layer is not ours or PyTorch's own."""
         modules = [inner for module in embedders if module is not None for inner in module.modules()]
-        modules += [block.time_emb_proj for block in self._blocks if block.time_emb_proj is not None]
+        modules += [layer for block in self._blocks if (layer := block.time_layer()) is not None]
         found: list[Tensor] = []
         for module in modules:
-            if not is_plain(module) and (type(module) not in _EMBEDDERS or _is_hooked(module)):
+            known = is_plain(module) or is_plain_norm(module)
+            if not known and (type(module) not in _EMBEDDERS or _is_hooked(module)):
                 return None
             found += [value for value in module._parameters.values() if value is not None]
-        biases = (block.conv1.bias for block in self._blocks if block.folds_bias(context))
+        residual = (block for block in self._blocks if isinstance(block, ResnetBlock))
+        biases = (block.conv1.bias for block in residual if block.folds_bias(context))
         return [*found, *(bias for bias in biases if bias is not None)]
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
 from fastdiff.models.arena import in_arena
-from fastdiff.models.blocks import ResnetBlock, Upsample, UpStage
+from fastdiff.models.attention import PROMPTS, is_plain_norm
+from fastdiff.models.caches import Cache
+from fastdiff.models.conditions import ImageTime
 from fastdiff.models.context import Context
-from fastdiff.models.maps import Map, normed, total
+from fastdiff.models.embeddings import ACTIVATIONS
+from fastdiff.models.gligen import ObjectEmbedding
+from fastdiff.models.leaf import is_plain
+from fastdiff.models.maps import Map, normed, settled, total
 from fastdiff.models.prepacked import convolve
+from fastdiff.models.stages import taken_maps, up_stage
 from fastdiff.models.times import TimeTables
 from fastdiff.models.trunk import Trunk, as_bias
 from fastdiff.nn import GroupNormSiLU
@@ -37,10 +44,20 @@ class UNet(Trunk):
         c = configuration.per_stage(whole)
         super().__init__(whole, c)
         first = c.block_out_channels[0]
-        self.up_blocks = nn.ModuleList(self._up_stage(c, stage) for stage in range(len(c.block_out_channels)))
-        self._up_layers = [layers + 1 for layers in reversed(c.layers_per_block)]
-        self.conv_norm_out = GroupNormSiLU(c.norm_num_groups, first, eps=c.norm_eps)
-        self._times = TimeTables(block for block in self.modules() if isinstance(block, ResnetBlock))
+        self.up_blocks = nn.ModuleList(up_stage(c, index, self._resnet) for index in range(len(c.block_out_channels)))
+        self.act = ACTIVATIONS[c.act_fn if c.conditional else "silu"]
+        groups = c.norm_num_groups
+        if groups is None and not c.conditional:
+            groups = min(first // 4, 32)
+        self.conv_norm_out: GroupNormSiLU | None = None
+        if groups is not None:
+            self.conv_norm_out = GroupNormSiLU(groups, first, eps=c.norm_eps, silu=self.act is F.silu)
+        if c.attention_type != "default":
+            self.position_net = ObjectEmbedding(
+                c.cross_attention_dim[0], pictured=c.attention_type == "gated-text-image"
+            )
+        self._text = Cache(PROMPTS)
+        self._times = TimeTables(self)
         self._time_runs = self._times.runs
         self.conv_out = nn.Conv2d(first, c.out_channels, c.conv_out_kernel, padding=(c.conv_out_kernel - 1) // 2)
 
@@ -58,18 +75,22 @@ class UNet(Trunk):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] = (),
+        objects: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The network's output for noisy samples.
 
         sample: (N, in_channels, H, W), contiguous or channels-last, any H and W. timestep: a number, or (N,).
         encoder_hidden_states: (N, S, cross_attention_dim), where the network has cross-attention. class_labels: int64
-        (N,), or what class_embed_type takes. added_cond_kwargs: {"text_embeds": (N, D), "time_ids": (N, 6)} for SDXL.
-        attention_mask, encoder_attention_mask: (N, keys), 1 = attend, 0 = leave out.
-        The additional residuals are a ControlNet's, added to the stored maps and after the middle block.
+        (N,), or what class_embed_type takes. added_cond_kwargs: what addition_embed_type and encoder_hid_dim_type need,
+        {"text_embeds": (N, D), "time_ids": (N, 6)} for SDXL, "image_embeds" and "hint" for Kandinsky.
+        attention_mask, encoder_attention_mask: (N, keys) or (N, 1 or queries, keys), 1 = attend, 0 = leave out.
+        The additional residuals are a ControlNet's, added to the stored maps and after the middle block; those within
+        the blocks are a T2I-Adapter's, one for each stage on the way down. objects: what GLIGEN's `ObjectEmbedding` is
+        called with.
         """
         t = self._check_input(sample, timestep, encoder_hidden_states)
-        if self._c.encoder_hid_dim_type is not None:
-            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
+        added = added_cond_kwargs or {}
         context = Context(
             rewrites=self.rewrites,
             packs=self.packs.ready(sample, self.rewrites),
@@ -77,43 +98,60 @@ class UNet(Trunk):
             mask=as_bias(attention_mask, sample),
             token_mask=as_bias(encoder_attention_mask, sample),
         )
-
-        self._read_time(context, timestep, t, class_labels, timestep_cond, added_cond_kwargs or {})
+        self._read_time(context, timestep, t, class_labels, timestep_cond, added)
+        context.tokens = self._tokens(encoder_hidden_states, added)
+        if objects is not None:
+            context.objects = self.position_net(**objects)
         layout = memory_format(sample)
-        if self.rewrites.channels_last:
-            sample = sample.contiguous(memory_format=torch.channels_last)
-        x: Map = convolve(self.conv_in, 2 * sample - 1 if self._c.center_input_sample else sample, context.packs)
-        x, skips = self._descend(x, context)
+        x, skips = self._descend(self._enter(sample, context, added), context, down_intrablock_additional_residuals)
         if down_block_additional_residuals is not None:
-            skips = [total(skip) + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
+            more = zip(skips, down_block_additional_residuals, strict=True)
+            skips = [None if skip is None else total(skip) + residual for skip, residual in more]
         if mid_block_additional_residual is not None:
             x = total(x) + mid_block_additional_residual
-        for block, layers in zip(self.up_blocks, self._up_layers, strict=True):
-            skips, mine = skips[:-layers], skips[-layers:]
-            x = block(x, mine, context, total(skips[-1]).shape[2:] if skips else None)
-        out = convolve(self.conv_out, normed(self.conv_norm_out, x, context, keep=False), context.packs)
+        context.picture = None
+        for block in self.up_blocks:
+            count = taken_maps(block)  # type: ignore[arg-type]
+            skips, mine = skips[:-count], skips[-count:]
+            x = block(x, mine, context, total(skips[-1]).shape[2:] if skips and skips[-1] is not None else None)
+        out = self._leave(x, context)
         if self._c.time_embedding_type == "fourier" and not self._c.conditional:
             out = out / t.reshape(-1, 1, 1, 1)
         return out.contiguous(memory_format=layout) if self.rewrites.channels_last else out
 
-    def _up_stage(self, c: SimpleNamespace, index: int) -> UpStage:
-        stage = len(c.block_out_channels) - 1 - index
-        kind, layers, channels = c.up_block_types[index], c.layers_per_block[stage] + 1, c.block_out_channels[stage]
-        before = c.block_out_channels[min(stage + 1, len(c.block_out_channels) - 1)]
-        below = c.block_out_channels[max(stage - 1, 0)]
-        inputs = [before, *[channels] * (layers - 1)]
-        skips = [*[channels] * (layers - 1), below]
-        resampled = kind == "ResnetUpsampleBlock2D"
-        scale = c.resnet_out_scale_factor if resampled else 1.0
-        upsampler: nn.Module | None = None
-        if stage > 0:
-            if resampled or (kind == "AttnUpBlock2D" and c.upsample_type == "resnet"):
-                upsampler = ResnetBlock(channels, channels, self._resnet, scale=scale, resample="up")
-            else:
-                upsampler = Upsample(channels)
-        sizes = [own + skip for own, skip in zip(inputs, skips, strict=True)]
-        return UpStage(
-            (ResnetBlock(size, channels, self._resnet, scale=scale) for size in sizes),
-            self._attentions(c, kind, stage, index, layers),
-            upsampler,
-        )
+    def _tokens(self, tokens: Tensor | None, added: Mapping[str, Tensor]) -> Tensor | None:
+        """What cross-attention looks at."""
+        if self.encoder_hid_proj is None:
+            return tokens
+        given = [tokens]
+        if self._c.encoder_hid_dim_type != "text_proj":
+            if "image_embeds" not in added:
+                raise InputError("UNet: added_cond_kwargs has no 'image_embeds'; encoder_hid_dim_type needs it")
+            given.append(added["image_embeds"])
+        layers = [inner for inner in self.encoder_hid_proj.modules() if not list(inner.children())]
+        made_of = [*(value for value in given if value is not None), *self.encoder_hid_proj.parameters()]
+        plain = all(is_plain(layer) or is_plain_norm(layer) for layer in layers)
+        if not (self.rewrites.text_cache and plain and settled(*made_of)):
+            projected: Tensor = self.encoder_hid_proj(*given)
+            return projected
+        # Keys and values are remembered for the tensor that they were made of, so that has to stay the same one too.
+        return self._text.get(None, made_of, lambda: self.encoder_hid_proj(*given))  # type: ignore[misc]
+
+    def _enter(self, sample: Tensor, context: Context, added: Mapping[str, Tensor]) -> Tensor:
+        """conv_in of the sample, centred and joined with a hint where the network is so."""
+        if self.rewrites.channels_last:
+            sample = sample.contiguous(memory_format=torch.channels_last)
+        if self._c.center_input_sample:
+            sample = 2 * sample - 1
+        if isinstance(self.add_embedding, ImageTime) and self._c.addition_embed_type == "image_hint":
+            sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
+        context.picture = sample
+        return convolve(self.conv_in, sample, context.packs)
+
+    def _leave(self, x: Map, context: Context) -> Tensor:
+        """conv_out of the way up's output, to which NCSN++ adds the picture that came up with it."""
+        if self.conv_norm_out is not None:
+            x = normed(self.conv_norm_out, x, context, keep=False)
+            x = x if self.conv_norm_out.silu else self.act(x)
+        out = convolve(self.conv_out, total(x), context.packs)
+        return out if context.picture is None else out + context.picture
