@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,19 +113,21 @@ class Trunk(nn.Module):
         class_labels: Tensor | None,
         timestep_cond: Tensor | None,
         added: Mapping[str, Tensor],
+        dtype: torch.dtype,
     ) -> None:
         """Gives the context the time: for each residual block if it was made beforehand, else as an embedding."""
         conditions = (class_labels, timestep_cond, added.get("text_embeds"), added.get("time_ids"))
+        # As in the library it is the sample's: a quantized weight has another.
+        embed = partial(self._embed, dtype=dtype)
         if context.rewrites.time_cache:
             embedders = (self.time_proj, self.time_embedding, self.class_embedding, self.add_embedding)
-            context.projected = self._times.find(timestep, len(t), conditions, embedders, self._embed, context)
+            context.projected = self._times.find(timestep, len(t), conditions, embedders, embed, context)
         if context.projected is None:
-            context.time = self._embed(t, conditions)
+            context.time = embed(t, conditions)
 
-    def _embed(self, t: Tensor, conditions: Sequence[Tensor | None]) -> Tensor:
+    def _embed(self, t: Tensor, conditions: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """silu(the embedding (N, time_channels) of the time, the class, and what SDXL adds)."""
         class_labels, condition, text_embeds, time_ids = conditions
-        dtype = self.time_embedding.linear_1.weight.dtype
         embedding = self.time_embedding(self.time_proj(t).to(dtype), condition)
         if (class_labels is None) != (self.class_embedding is None):
             have = "none" if self.class_embedding is None else "class embeddings"

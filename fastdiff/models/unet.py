@@ -74,7 +74,7 @@ class UNet(Trunk):
             token_mask=as_bias(encoder_attention_mask, sample),
         )
 
-        self._read_time(context, timestep, t, class_labels, timestep_cond, added_cond_kwargs or {})
+        self._read_time(context, timestep, t, class_labels, timestep_cond, added_cond_kwargs or {}, sample.dtype)
         layout = memory_format(sample)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)

@@ -76,6 +76,20 @@ def arenas(*, reset: bool = False) -> Arenas:
     return Arenas() if isinstance(module, str) else Arenas(*module.arena_totals(reset))
 
 
+@cache
+def written() -> tuple[Callable[[Tensor], None], Callable[[], int]]:
+    """(watch, count): from the first call on, writes to a watched tensor's memory are counted that its own version does
+    not count: through `tensor.data`, or through a tensor that `tensor.data` was set to.
+
+    Those of all tensors count together. Without the extension none are: the count stays 0.
+    """
+    module = extension()
+    if isinstance(module, str):
+        return lambda tensor: None, lambda: 0
+    module.notice_writes()
+    return module.watch_writes, module.unseen_writes
+
+
 class _Native(KernelBackend):
     """A function of fastdiff._C."""
 
