@@ -1,4 +1,4 @@
-// Writes that a tensor's own version does not count: those through `tensor.data`, and through what it was set to.
+// Writes through `tensor.data`, which the tensor's own version does not count.
 #include <ATen/core/VariableHooksInterface.h>
 #include <c10/core/StorageImpl.h>
 
@@ -91,10 +91,6 @@ class Hooks final : public at::impl::VariableHooksInterface {
     writes().note(alias);
     return alias;
   }
-  void set_data(const TensorBase& self, const TensorBase& data) const override {
-    own_.set_data(self, data);
-    writes().note(data);
-  }
 
   TensorBase tensor_data(const TensorBase& self) const override { return own_.tensor_data(self); }
   const c10::intrusive_ptr<torch::autograd::Node>& grad_fn(const TensorBase& self) const override {
@@ -109,6 +105,7 @@ class Hooks final : public at::impl::VariableHooksInterface {
   const std::string& name(const TensorBase& self) const override { return own_.name(self); }
   bool is_leaf(const TensorBase& self) const override { return own_.is_leaf(self); }
   int64_t output_nr(const TensorBase& self) const override { return own_.output_nr(self); }
+  void set_data(const TensorBase& self, const TensorBase& data) const override { own_.set_data(self, data); }
   TensorBase data(const TensorBase& self) const override { return own_.data(self); }
   int64_t _version(const TensorBase& self) const override { return own_._version(self); }
   void retain_grad(const TensorBase& self) const override { own_.retain_grad(self); }

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastdiff.ops import native
 
 __all__ = ["Cache", "RunCache"]
+
+_LARGEST_COPY = 2**20
+"""Elements of the largest tensor without a version whose values are compared instead."""
 
 
 class Cache:
@@ -25,8 +28,9 @@ class Cache:
     write in place, and by its place in memory, since `.to()` gives a parameter another one without counting. An address
     would not do: another tensor may come to lie there. Writes through `tensor.data` have a count of their own, at which
     everything is made anew. Not noticed is what no tensor does: writing through `numpy()` or an address, or another
-    process. Tensors made in inference mode count no versions, so that what depends on one is made anew each time; so is
-    everything while a graph is compiled. Threads may share a cache; a copy of one is empty.
+    process. Tensors made in inference mode count no versions: small ones on the CPU are compared with a copy, what
+    depends on others is made anew each time; so is everything while a graph is compiled. Threads may share a cache; a
+    copy of one is empty.
     """
 
     def __init__(self, size: int = 8) -> None:
@@ -37,7 +41,7 @@ class Cache:
 
     def get(self, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
         """What `make` gives, remembered under `key` and these tensors."""
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        if torch.compiler.is_compiling() or not all(map(_is_followed, tensors)):
             return make()
         place = (key, *map(id, tensors))
         writes = self._writes()
@@ -46,7 +50,7 @@ class Cache:
             if found is not None and found.holds(writes, tensors):
                 self._entries.move_to_end(place)
                 return found.value
-        versions = [tensor._version for tensor in tensors]
+        versions = [_version(tensor) for tensor in tensors]
         value = make()
         for tensor in tensors:
             self._watch(tensor)
@@ -82,7 +86,7 @@ class RunCache(Cache):
 
         Tensors that come once, such as labels joined anew for every step, are not worth a table of all steps.
         """
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        if torch.compiler.is_compiling() or not all(map(_is_followed, tensors)):
             return None
         held = self.get(key, tensors, dict)
         if not held:
@@ -116,23 +120,40 @@ class _Seen:
     """A tensor as it was."""
 
     reference: weakref.ref[Tensor]
-    version: int
+    version: int | Tensor
     storage: StorageWeakRef  # while this is held, no other storage has the same number
     place: tuple[Any, ...]
 
     @classmethod
-    def now(cls, tensor: Tensor, version: int) -> _Seen:
+    def now(cls, tensor: Tensor, version: int | Tensor) -> _Seen:
         return cls(weakref.ref(tensor), version, StorageWeakRef(tensor.untyped_storage()), _place(tensor))
 
     def still(self, tensor: Tensor) -> bool:
         return (
             self.reference() is tensor
-            and self.version == tensor._version
             and self.storage.cdata == tensor.untyped_storage()._cdata
             and self.place == _place(tensor)
+            and self._unwritten(tensor)
         )
+
+    def _unwritten(self, tensor: Tensor) -> bool:
+        if isinstance(self.version, Tensor):
+            return torch.equal(self.version, tensor)
+        return self.version == tensor._version
+
+
+def _is_followed(tensor: Tensor) -> bool:
+    """Whether it can be known if a tensor was written to."""
+    if not tensor.is_inference():
+        return True
+    return tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) and tensor.numel() <= _LARGEST_COPY
+
+
+def _version(tensor: Tensor) -> int | Tensor:
+    """What changes when a tensor is written to: its values, where there is no count."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor._version
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where in its storage a tensor lies, which setting `tensor.data` changes."""
-    return tensor.storage_offset(), tensor.shape, tensor.stride()
+    return tensor.storage_offset(), tensor.stride()

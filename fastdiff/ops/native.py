@@ -78,10 +78,9 @@ def arenas(*, reset: bool = False) -> Arenas:
 
 @cache
 def written() -> tuple[Callable[[Tensor], None], Callable[[], int]]:
-    """(watch, count): from the first call on, writes to a watched tensor's memory are counted that its own version does
-    not count: through `tensor.data`, or through a tensor that `tensor.data` was set to.
+    """(watch, count): from now on writes to a watched tensor through its `data` are counted, for all tensors together.
 
-    Those of all tensors count together. Without the extension none are: the count stays 0.
+    The tensor's own version does not count them. Without the extension nobody does: the count stays 0.
     """
     module = extension()
     if isinstance(module, str):
