@@ -30,15 +30,17 @@ _patched: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @dataclass
 class _Plan:
-    """What is to be done: new conversions, old ones that get other rewrites, single forwards; and what is left, why."""
+    """What is to be done: new conversions, old ones and networks of ours that get other rewrites, single forwards; and
+    what is left, why."""
 
     new: list[Conversion] = field(default_factory=list)
     old: list[Conversion] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
+    ours: list[Any] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
     def count(self) -> int:
-        return len(self.new) + len(self.old) + len(self.forwards)
+        return len(self.new) + len(self.old) + len(self.forwards) + len(self.ours)
 
 
 def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = None, strict: bool = False) -> Target:
@@ -63,8 +65,8 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
     """
     chosen = Rewrites.parse(rewrites)
     if isinstance(target, Model) or _is_ours(target):
-        network: Any = target.network if isinstance(target, Model) else target
-        network.rewrites = chosen
+        ours: Any = target.network if isinstance(target, Model) else target
+        ours.rewrites = chosen
         return target
     plan = _Plan()
     for name, network in _networks("accelerate", target):
@@ -79,7 +81,12 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
         conversion.refresh(chosen)
     for each in plan.forwards:
         each.install()
+    for network in plan.ours:
+        network.rewrites = chosen
     for name, reason in plan.left:
+        for conversion in (*plan.new, *plan.old):
+            if conversion.name == name:
+                conversion.told(reason)
         networks.leave(name, reason, calls=0)
         warnings.warn(f"fastdiff: {name} runs as before: {reason}", stacklevel=2)
     return target
@@ -94,6 +101,8 @@ def restore(target: Target) -> Target:
         return accelerate(target)
     for _, network in _networks("restore", target):
         remove(network)
+        for ours in filter(_is_ours, network.modules()):
+            ours.rewrites = Rewrites()  # type: ignore[assignment]
     if any(scheduler in _patched for scheduler in _schedulers(target)):
         unpatch_scheduler(target)
     return target
@@ -144,6 +153,9 @@ def _walk(plan: _Plan, name: str, module: nn.Module, rewrites: Rewrites) -> None
     if _is_compiled(module):
         inner: Any = module._orig_mod
         plan.left.append((_title(name, inner), "torch.compile runs the library's code; pass the uncompiled module"))
+        return
+    if _is_ours(module):
+        plan.ours.append(module)
         return
     if converter(module) is not None:
         _convert(plan, name, module, rewrites)

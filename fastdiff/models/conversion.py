@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdiff.errors import InputError
 from fastdiff.models.convert import Call, Left, check, converter
 from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
@@ -90,10 +91,13 @@ class Conversion:
         module = self.module()
         if module is None or path in self._ended:
             raise Left(None)
-        shared = self._ready(module)
-        reason = self.obstacle()
+        try:
+            reason = self.obstacle()
+        except InputError as error:
+            reason = str(error)  # its configuration is another now
         if reason is not None:
             raise Left(reason)
+        shared = self._ready(module)
         given = list(tensors((args, kwargs)))
         check(not is_transformed(given, shared.parameter()))
         if torch.is_grad_enabled() and (any(each.requires_grad for each in given) or shared.requires_grad()):
@@ -105,6 +109,10 @@ class Conversion:
         run = self._calls(module)[path]
         check(_takes(run, args, kwargs))
         return run(shared.network, module, *args, **kwargs)
+
+    def told(self, reason: str) -> None:
+        """The user knows this reason already."""
+        self._warned.add(reason)
 
     def leave(self, reason: str | None) -> None:
         """Notes that a call was the library's own, and warns of each reason once."""
