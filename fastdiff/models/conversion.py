@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models import arena
 from fastdiff.models.convert import Call, Left, check, converter
 from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
@@ -60,12 +61,14 @@ class Conversion:
             self._shared.network.rewrites = rewrites  # type: ignore[assignment]
             for cache in self._shared.caches():
                 cache.clear()
+            arena.release(self._shared.network)
 
     def end(self) -> None:
         """Leaves the module as it was found."""
         self.enabled = False
         if self._shared is not None:
             self._shared.unpack()
+            arena.release(self._shared.network)
 
     def module(self) -> nn.Module | None:
         return self._module()
