@@ -1,22 +1,36 @@
 // An allocator of PyTorch's CPU tensors that takes from a pool where its thread is inside the pool's scope.
 #include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/alloc_cpu.h>
+
+#include <cstring>
 
 #include "arena.h"
 #include "tensors.h"
 
 namespace fastdiff {
 
-void* system_allocate(size_t bytes) { return c10::alloc_cpu(bytes); }
-void system_free(void* data) { c10::free_cpu(data); }
-
 namespace {
 
 constexpr int DEEPEST = 64;
 
-// The scopes that a thread is in, the innermost last. Trivial, since tensors are freed until a thread's very end.
+// The scopes that a thread is in, the innermost last; null for one outside of all arenas.
 thread_local Pool* scopes[DEEPEST];
 thread_local int depth = 0;
+
+Pool* inside() { return depth == 0 ? nullptr : scopes[depth - 1]; }
+
+void enter(Pool* pool) {
+  if (depth == DEEPEST) throw std::runtime_error("more than 64 arenas were entered inside each other");
+  if (pool) pool->enter();
+  scopes[depth++] = pool;
+}
+
+void leave(Pool* pool) {
+  if (depth == 0 || scopes[depth - 1] != pool) {
+    throw std::runtime_error("an arena is left that this thread did not enter last; leave the inner one first");
+  }
+  --depth;
+  if (pool) pool->leave();
+}
 
 void release(void* data) {
   c10::profiledCPUMemoryReporter().Delete(data);
@@ -28,8 +42,8 @@ class ScopedAllocator final : public c10::Allocator {
   explicit ScopedAllocator(c10::Allocator* outside) : outside_(outside) {}
 
   c10::DataPtr allocate(size_t bytes) override {
-    if (depth == 0 || bytes == 0) return outside_->allocate(bytes);
-    void* const data = scopes[depth - 1]->allocate(bytes);
+    void* const data = inside() && bytes > 0 ? inside()->allocate(bytes) : nullptr;
+    if (!data) return outside_->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(data, bytes);
     return {data, data, &release, c10::Device(c10::kCPU)};
   }
@@ -50,7 +64,7 @@ class ScopedAllocator final : public c10::Allocator {
 
  private:
   static void release_any(void* data) {
-    if (addresses().hold(data)) return release(data);
+    if (Pool::hold(data)) return release(data);
     instance->outside_->raw_deallocate(data);
   }
 
@@ -58,36 +72,33 @@ class ScopedAllocator final : public c10::Allocator {
   c10::Allocator* const outside_;
 };
 
-// What Python holds of a pool. With it go the idle blocks; those in use follow as they are released.
+// What Python holds of a pool. With it goes what is not in use; the rest follows as it is released.
 class Arena {
  public:
   explicit Arena(size_t limit) : pool_(new Pool(limit)) { ScopedAllocator::install(); }
   ~Arena() {
-    pool_->set_limit(0);
+    pool_->close();
     pool_->drop();
   }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
-
-  void enter() {
-    if (depth == DEEPEST) throw std::runtime_error("more than 64 arenas were entered inside each other");
-    pool_->retain();
-    scopes[depth++] = pool_;
-  }
-
-  void leave() {
-    if (depth == 0 || scopes[depth - 1] != pool_) {
-      throw std::runtime_error("an arena is left that this thread did not enter last; leave the inner one first");
-    }
-    --depth;
-    pool_->drop();
-  }
 
   Pool& pool() { return *pool_; }
 
  private:
   Pool* const pool_;
 };
+
+// Moves a tensor, and all that share its memory, out of an arena that this thread is not inside of.
+void move_out(const at::Tensor& tensor) {
+  if (!tensor.has_storage() || tensor.storage().device_type() != c10::kCPU) return;
+  c10::StorageImpl* const storage = tensor.storage().unsafeGetStorageImpl();
+  const c10::DataPtr& block = storage->data_ptr();
+  if (block.get_deleter() != &release || Pool::owner(block.get()) == inside()) return;
+  c10::DataPtr own = c10::GetCPUAllocator()->allocate(storage->nbytes());
+  std::memcpy(own.get(), block.get(), storage->nbytes());
+  storage->set_data_ptr_noswap(std::move(own));
+}
 
 // (bytes held, hits, misses); the last two count from the last reset on.
 std::tuple<int64_t, int64_t, int64_t> arena_totals(bool reset) {
@@ -100,14 +111,17 @@ std::tuple<int64_t, int64_t, int64_t> arena_totals(bool reset) {
 void register_arena(py::module_& m) {
   py::class_<Arena>(m, "Arena")
       .def(py::init<size_t>())
-      .def("enter", &Arena::enter)
-      .def("leave", &Arena::leave)
+      .def("enter", [](Arena& arena) { enter(&arena.pool()); })
+      .def("leave", [](Arena& arena) { leave(&arena.pool()); })
       .def("clear", [](Arena& arena) { arena.pool().clear(); })
       .def_property_readonly("bytes", [](Arena& arena) { return arena.pool().held(); })
       .def_property_readonly("idle", [](Arena& arena) { return arena.pool().idle(); })
       .def_property_readonly("hits", [](Arena& arena) { return arena.pool().hits(); })
       .def_property_readonly("misses", [](Arena& arena) { return arena.pool().misses(); });
   m.def("arena_totals", &arena_totals);
+  m.def("enter_outside", [] { enter(nullptr); });
+  m.def("leave_outside", [] { leave(nullptr); });
+  m.def("move_out", &move_out);
 }
 
 }  // namespace fastdiff

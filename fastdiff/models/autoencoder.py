@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
+from fastdiff.models.arena import in_arena
 from fastdiff.models.attention import SpatialAttention
 from fastdiff.models.blocks import Downsample, MidStage, ResnetBlock, ResnetSettings, Upsample
 from fastdiff.models.context import Context
@@ -96,6 +97,7 @@ class _Coder(nn.Module):
         """What lies between the first convolution and the last norm, in turn."""
         raise NotImplementedError
 
+    @in_arena
     def forward(self, sample: Tensor) -> Tensor:
         _check(type(self).__name__, sample, self.in_channels)
         context, layout = Context(rewrites=self.rewrites), memory_format(sample)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastdiff.models.arena import outside
 from fastdiff.ops import native
 
 __all__ = ["Cache", "RunCache"]
@@ -50,8 +51,9 @@ class Cache:
             if found is not None and found.holds(writes, tensors):
                 self._entries.move_to_end(place)
                 return found.value
-        versions = [_version(tensor) for tensor in tensors]
-        value = make()
+        with outside():
+            versions = [_version(tensor) for tensor in tensors]
+            value = make()
         for tensor in tensors:
             self._watch(tensor)
         # Making it may lay parameters side by side, which gives them another storage.
@@ -93,7 +95,8 @@ class RunCache(Cache):
             held["seen"] = True
             return None
         if "table" not in held:
-            held["table"] = make()
+            with outside():
+                held["table"] = make()
         return held["table"]
 
 

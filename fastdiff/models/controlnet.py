@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
+from fastdiff.models.arena import in_arena
 from fastdiff.models.blocks import ResnetBlock
 from fastdiff.models.context import Context
 from fastdiff.models.maps import total
@@ -110,6 +111,7 @@ class ControlNet(Trunk):
         self._times = TimeTables(block for block in self.modules() if isinstance(block, ResnetBlock))
         self._time_runs = self._times.runs
 
+    @in_arena
     def forward(
         self,
         sample: Tensor,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastdiff.errors import InputError
+from fastdiff.models import arena
 from fastdiff.models.convert import Call, Left, check, converter
 from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
@@ -62,6 +63,7 @@ class Conversion:
             self._shared.network.rewrites = rewrites  # type: ignore[assignment]
             for cache in self._shared.caches():
                 cache.clear()
+            arena.release(self._shared.network)
 
     def end(self, path: str) -> None:
         """The forward at that path is the library's again; after the last of them the module is as it was found."""
@@ -70,6 +72,7 @@ class Conversion:
         if module is None or self._ended >= self._calls(module).keys():
             if self._shared is not None:
                 self._shared.unpack()
+                arena.release(self._shared.network)
             networks.forget(self)
 
     def module(self) -> nn.Module | None:

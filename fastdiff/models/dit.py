@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
+from fastdiff.models.arena import in_arena
 from fastdiff.models.attention import PackedAttention
 from fastdiff.models.caches import RunCache
 from fastdiff.models.context import Context
@@ -110,6 +111,7 @@ class DiT(nn.Module):
         self.proj_out_2 = nn.Linear(channels, self.patch**2 * self.out_channels)
         self._runs = RunCache(size=2)
 
+    @in_arena
     def forward(self, hidden_states: Tensor, timestep: Tensor | float | int, class_labels: Tensor) -> Tensor:
         """The network's output for noisy latents.
 

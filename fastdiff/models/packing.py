@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from fastdiff.models.arena import outside
 from fastdiff.models.leaf import is_plain
 
 __all__ = ["pack", "product", "unpack"]
@@ -108,7 +109,7 @@ def _pack(parts: Sequence[Tensor]) -> bool:
     if len({id(part) for part in parts}) < len(parts):
         return False
     # A tensor made in inference mode would make the parameters such tensors for good.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), outside():
         packed = torch.cat([part.detach() for part in parts])
         for part, place in zip(parts, packed.split([len(part) for part in parts]), strict=True):
             # Through DLPack each gets a storage that is exactly its own part: code that saves models takes tensors of

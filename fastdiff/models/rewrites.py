@@ -30,6 +30,7 @@ class Rewrites:
     folded_bias: bool = _rewrite("a convolution's bias and the time are added where the next GroupNorm reads them")
     folded_residual: bool = _rewrite("a residual block's sum is made where the next GroupNorm reads it")
     qkv: bool = _rewrite("queries, keys and values are one matrix product")
+    arena: bool = _rewrite("on the CPU a call's temporaries lie where those of the call before lay")
 
     @classmethod
     def none(cls) -> Rewrites:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastdiff.models.arena import outside
 from fastdiff.models.blocks import ResnetBlock
 from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
@@ -71,7 +72,8 @@ class TimeTables:
             run.begun = True
             return None
         if run.steps is None:
-            run.steps = self._table(times.to(weights[0].device), samples, conditions, embed, context)
+            with outside():
+                run.steps = self._table(times.to(weights[0].device), samples, conditions, embed, context)
         return run.steps[index]
 
     def _table(

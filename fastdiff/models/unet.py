@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models import config as configuration
+from fastdiff.models.arena import in_arena
 from fastdiff.models.blocks import ResnetBlock, Upsample, UpStage
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Map, normed, total
@@ -42,6 +43,7 @@ class UNet(Trunk):
         self._time_runs = self._times.runs
         self.conv_out = nn.Conv2d(first, c.out_channels, c.conv_out_kernel, padding=(c.conv_out_kernel - 1) // 2)
 
+    @in_arena
     def forward(
         self,
         sample: Tensor,
