@@ -143,11 +143,16 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The result for projections q (B, L, heads * head_dim) and k, v (B, S, heads * head_dim), of any strides."""
-        split = (projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in (q, k, v))
-        joined = self._attend(*split, mask=_per_head(mask, len(q)), scale=self.score_scale).transpose(1, 2).flatten(2)
+        joined = self.joined(q, k, v, mask)
         for layer in self.to_out:
             joined = layer(joined)
         return joined
+
+    def joined(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The heads' results side by side, (B, L, heads * head_dim): what `attend` projects."""
+        split = (projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in (q, k, v))
+        out: Tensor = self._attend(*split, mask=_per_head(mask, len(q)), scale=self.score_scale)
+        return out.transpose(1, 2).flatten(2)
 
 
 class GEGLU(nn.Module):

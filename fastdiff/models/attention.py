@@ -14,6 +14,7 @@ from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import Map, Sum, normed, scaled, total
+from fastdiff.models.prepacked import Packs, apply, products, takes
 from fastdiff.nn import GEGLU, Attention, GroupNormSiLU
 
 PROMPTS = 4
@@ -49,11 +50,14 @@ class PackedAttention(Attention):
         self, x: Tensor, context: Context, tokens: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         if tokens is None:
-            q, k, v = _products((self.to_q, self.to_k, self.to_v), x, context)
+            q, k, v = _products((self.to_q, self.to_k, self.to_v), x, context, context.packs)
         else:
-            q = self.to_q(x)
+            q = apply(self.to_q, x, context.packs)
             k, v = self._keys_and_values(tokens, context, x.requires_grad)
-        return self.attend(q, k, v, mask)
+        joined = self.joined(q, k, v, mask)
+        for layer in self.to_out:
+            joined = apply(layer, joined, context.packs)
+        return joined
 
     def pack(self) -> None:
         """Lays the projections' parameters side by side now instead of at the first call, where they can be."""
@@ -68,13 +72,14 @@ class PackedAttention(Attention):
     def _keys_and_values(self, tokens: Tensor, context: Context, differentiated: bool) -> tuple[Tensor, ...]:
         leaves = (self.to_k, self.to_v)
         if not context.rewrites.text_cache or not all(map(is_plain, leaves)):
-            return _products(leaves, tokens, context)
+            return _products(leaves, tokens, context, context.packs)
         made_of = [tokens, *(value for leaf in leaves for value in (leaf.weight, leaf.bias) if value is not None)]
         if torch.is_grad_enabled() and (differentiated or any(tensor.requires_grad for tensor in made_of)):
-            return _products(leaves, tokens, context)
+            return _products(leaves, tokens, context, None)
         kind = tokens.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self.text.get(autocast, made_of, lambda: _products(leaves, tokens, context))
+        # Once for a text, these are not worth a copy of the weights.
+        return self.text.get(autocast, made_of, lambda: _products(leaves, tokens, context, None))
 
 
 class SpatialAttention(PackedAttention):
@@ -109,9 +114,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if context.rewrites.geglu:
-            return self.net[2](self.net[0](x))
-        value, gate = self.net[0].proj(x).chunk(2, dim=-1)  # type: ignore[operator]
-        return self.net[2](value * F.gelu(gate))
+            h = ops.geglu(apply(self.net[0].proj, x, context.packs))  # type: ignore[arg-type]
+        else:
+            value, gate = apply(self.net[0].proj, x, context.packs).chunk(2, dim=-1)  # type: ignore[arg-type]
+            h = value * F.gelu(gate)
+        return apply(self.net[2], h, context.packs)
 
 
 class TransformerBlock(nn.Module):
@@ -174,15 +181,17 @@ class Transformer(nn.Module):
 
     def forward(self, x: Map, context: Context) -> Map:
         h, x = normed(self.norm, x, context), total(x)
-        tokens, residual = self._project(self.proj_in, to_tokens(h), x), None
+        tokens, residual = self._project(self.proj_in, to_tokens(h), x, context), None
         for block in self.transformer_blocks:
             tokens, residual = block(tokens, residual, context)
         if residual is not None:
             tokens = tokens + residual
-        out = to_map(self._project(self.proj_out, tokens, x), x)
+        out = to_map(self._project(self.proj_out, tokens, x, context), x)
         return Sum(x, out) if context.rewrites.folded_residual else x + out
 
-    def _project(self, layer: nn.Module, tokens: Tensor, like: Tensor) -> Tensor:
+    def _project(self, layer: nn.Module, tokens: Tensor, like: Tensor, context: Context) -> Tensor:
+        if context.packs is not None and takes((layer,), tokens, context.packs):
+            return products((layer,), tokens, context.packs)
         if is_plain(layer):
             # A 1x1 convolution is a linear layer: applied to tokens it needs no change of layout.
             return F.linear(tokens, layer.weight.flatten(1), layer.bias)  # type: ignore[arg-type, operator]
@@ -206,5 +215,7 @@ def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return type(norm) is nn.LayerNorm and not hooked
 
 
-def _products(leaves: tuple[nn.Module, ...], x: Tensor, context: Context) -> tuple[Tensor, ...]:
-    return packing.product(leaves, x) if context.rewrites.qkv else tuple(leaf(x) for leaf in leaves)
+def _products(leaves: tuple[nn.Module, ...], x: Tensor, context: Context, packs: Packs | None) -> tuple[Tensor, ...]:
+    return (
+        packing.product(leaves, x, packs) if context.rewrites.qkv else tuple(apply(leaf, x, packs) for leaf in leaves)
+    )

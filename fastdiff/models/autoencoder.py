@@ -15,6 +15,7 @@ from fastdiff.models.attention import SpatialAttention
 from fastdiff.models.blocks import Downsample, MidStage, ResnetBlock, ResnetSettings, Upsample
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Map, normed
+from fastdiff.models.prepacked import Packs, convolve
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
@@ -87,6 +88,7 @@ class _Coder(nn.Module):
     def __init__(self, channels: tuple[int, int, int, int], groups: int) -> None:
         super().__init__()
         self.rewrites = Rewrites()
+        self.packs = Packs()
         taken, first, last, given = channels
         self.conv_in = nn.Conv2d(taken, first, 3, padding=1)
         self.conv_norm_out = GroupNormSiLU(groups, last, eps=_EPS)
@@ -100,13 +102,14 @@ class _Coder(nn.Module):
     @in_arena
     def forward(self, sample: Tensor) -> Tensor:
         _check(type(self).__name__, sample, self.in_channels)
-        context, layout = Context(rewrites=self.rewrites), memory_format(sample)
+        context = Context(rewrites=self.rewrites, packs=self.packs.ready(sample, self.rewrites))
+        layout = memory_format(sample)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        x: Map = self.conv_in(sample)
+        x: Map = convolve(self.conv_in, sample, context.packs)
         for stage in self.stages():
             x = stage(x, context)
-        out: Tensor = self.conv_out(normed(self.conv_norm_out, x, context, keep=False))
+        out = convolve(self.conv_out, normed(self.conv_norm_out, x, context, keep=False), context.packs)
         return out.contiguous(memory_format=layout) if self.rewrites.channels_last else out
 
 

@@ -15,6 +15,7 @@ from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import Map, normed, settled, summed, total
+from fastdiff.models.prepacked import apply, convolve, takes
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
 
@@ -70,12 +71,15 @@ class ResnetBlock(nn.Module):
         if self.resample == "up":
             h, x = _convolve_doubled(self.conv1, h, self._folded, context, size, bias=bias), _double(x, size)
         elif self.resample == "down":
-            h, x = _convolve(self.conv1, _halve(h), bias=bias), _halve(x)
+            h, x = convolve(self.conv1, _halve(h), context.packs, bias=bias), _halve(x)
         else:
-            h = _convolve(self.conv1, h, bias=bias)
+            h = convolve(self.conv1, h, context.packs, bias=bias)
         h = self._normed_with_time(h, None if bias else self.conv1.bias, context)
-        h = self.conv2(self.dropout(h))
-        return summed(self._shortcut(x, skip), h, self.scale, context)
+        h, x = self.dropout(h), self._shortcut(x, skip, context)
+        if self.scale == 1.0 and takes((self.conv2,), h, context.packs) and x.dtype == h.dtype:
+            # The convolution adds it as it writes its result.
+            return convolve(self.conv2, h, context.packs, addend=x)
+        return summed(x, apply(self.conv2, h, context.packs), self.scale, context)
 
     def project(self, time: Tensor | None, context: Context) -> Tensor | None:
         """The time (N, time_channels) as norm2 takes it: what is added before it, or with scale_shift [a, b]."""
@@ -96,10 +100,10 @@ class ResnetBlock(nn.Module):
         same = x.dtype == skip.dtype and memory_format(x, skip) == memory_format(skip, x)
         return self.conv_shortcut is not None and is_plain(self.conv_shortcut) and same and not autocast
 
-    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def _shortcut(self, x: Tensor, skip: Tensor | None, context: Context) -> Tensor:
         conv = self.conv_shortcut
         if conv is None or skip is None:
-            return x if conv is None else conv(x)
+            return x if conv is None else apply(conv, x, context.packs)
         first, second = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
         if not x.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(x, first, conv.bias) + F.conv2d(skip, second)
@@ -133,7 +137,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Map, context: Context) -> Tensor:
         x = total(x)
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        return convolve(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)), context.packs)
 
 
 class Upsample(nn.Module):
@@ -148,17 +152,13 @@ class Upsample(nn.Module):
         return _convolve_doubled(self.conv, total(x), self._folded, context, size)
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, *, bias: bool) -> Tensor:
-    return conv(x) if bias else F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
 def _convolve_doubled(
     conv: nn.Conv2d, x: Tensor, folded: Cache, context: Context, size: torch.Size | None, *, bias: bool = True
 ) -> Tensor:
     """conv(x brought to `size`); folded: where the weight is kept that does both where the size is twice x's."""
     twice = size is None or (size[0] == 2 * x.shape[2] and size[1] == 2 * x.shape[3])
     if not (twice and context.rewrites.upsample_conv and is_plain(conv) and settled(x, conv.weight)):
-        return _convolve(conv, _double(x, size), bias=bias)
+        return convolve(conv, _double(x, size), context.packs, bias=bias)
     weight = folded.get(None, [conv.weight], lambda: ops.fold_upsample(conv.weight))
     return ops.upsample_conv(x, weight, conv.bias if bias else None)
 

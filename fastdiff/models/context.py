@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from fastdiff.models.prepacked import Packs
 from fastdiff.models.rewrites import Rewrites
 
 
@@ -14,11 +15,13 @@ from fastdiff.models.rewrites import Rewrites
 class Context:
     """time (N, channels), the embedding of the timestep, activated already; tokens (B, S, channels).
 
+    packs              the weights as the CPU's products read them, where this call may use them
     projected          the time as each residual block takes it, where that was made beforehand
     mask, token_mask   (B, 1, 1, keys), added to the scores of the pixels and of the tokens
     """
 
     rewrites: Rewrites = field(default_factory=Rewrites)
+    packs: Packs | None = None
     time: Tensor | None = None
     tokens: Tensor | None = None
     mask: Tensor | None = None

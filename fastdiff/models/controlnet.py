@@ -16,6 +16,7 @@ from fastdiff.models.arena import in_arena
 from fastdiff.models.blocks import ResnetBlock
 from fastdiff.models.context import Context
 from fastdiff.models.maps import total
+from fastdiff.models.prepacked import apply, convolve
 from fastdiff.models.times import TimeTables
 from fastdiff.models.trunk import Trunk, as_bias
 
@@ -138,15 +139,16 @@ class ControlNet(Trunk):
         condition = self._condition(controlnet_cond, sample)
         context = Context(
             rewrites=self.rewrites,
+            packs=self.packs.ready(sample, self.rewrites),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
         )
         self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {}, sample.dtype)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        x, skips = self._descend(self.conv_in(sample) + condition, context)
+        x, skips = self._descend(convolve(self.conv_in, sample, context.packs, addend=condition), context)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
-        maps = [layer(total(each)) for layer, each in zip(layers, (*skips, x), strict=True)]
+        maps = [apply(layer, total(each), context.packs) for layer, each in zip(layers, (*skips, x), strict=True)]
         maps = self._scaled(maps, conditioning_scale, guess_mode)
         if self.config["global_pool_conditions"]:
             maps = [each.mean(dim=(2, 3), keepdim=True) for each in maps]

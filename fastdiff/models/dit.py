@@ -19,6 +19,7 @@ from fastdiff.models.embeddings import Sinusoids
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.modulation import FIXED_EPS, TIME_FEATURES, AdaptiveNorm, Pending, modulated
 from fastdiff.models.patches import PatchEmbedding
+from fastdiff.models.prepacked import Packs, apply
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.models.times import locate
 
@@ -100,6 +101,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = c = complete(config)
         self.rewrites = Rewrites()
+        self.packs = Packs()
         self.patch = c["patch_size"]
         self.out_channels = c["out_channels"] or c["in_channels"]
         channels = c["num_attention_heads"] * c["attention_head_dim"]
@@ -120,7 +122,7 @@ class DiT(nn.Module):
         (N,), below num_embeds_ada_norm, or equal to it for no class.
         """
         t = self._check_input(hidden_states, timestep, class_labels)
-        context = Context(rewrites=self.rewrites)
+        context = Context(rewrites=self.rewrites, packs=self.packs.ready(hidden_states, self.rewrites))
         x = self.pos_embed(hidden_states)
         *modulations, last = self._modulations(t, class_labels, x.dtype)
         pending: Pending | None = None
@@ -238,7 +240,7 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         h, x = modulated(self.norm1.norm, x, pending, shift1, scale1, context)
         h, x = modulated(self.norm3, x, Pending(gate1, self.attn1(h, context)), shift2, scale2, context)
-        return x, Pending(gate2, self.ff(h))
+        return x, Pending(gate2, self.ff(h, context))
 
 
 class FeedForward(nn.Module):
@@ -251,9 +253,9 @@ class FeedForward(nn.Module):
             ProjectedGELU(channels, hidden, approximate=approximate), nn.Dropout(dropout), nn.Linear(hidden, channels)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        first, dropout, last = self.net
+        return apply(last, dropout(first(x, context)), context.packs)
 
 
 class ProjectedGELU(nn.Module):
@@ -264,5 +266,5 @@ class ProjectedGELU(nn.Module):
         self.proj = nn.Linear(channels, hidden)
         self.approximate = approximate
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate=self.approximate)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return F.gelu(apply(self.proj, x, context.packs), approximate=self.approximate)

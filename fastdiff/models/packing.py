@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 
 from fastdiff.models.arena import outside
 from fastdiff.models.leaf import is_plain
+from fastdiff.models.prepacked import Packs, apply, products, takes
 
 __all__ = ["pack", "product", "unpack"]
 
@@ -19,17 +20,21 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _packing = threading.Lock()
 
 
-def product(leaves: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+def product(leaves: Sequence[nn.Module], x: Tensor, packs: Packs | None = None) -> tuple[Tensor, ...]:
     """(W_1 x + b_1, W_2 x + b_2, ...) with [W_1; W_2; ...] x as one product, where the layers allow it.
 
     x: (..., in). Each result (..., out) is then a view of one tensor. At the first call the weights are laid side by
     side in memory: the Parameters stay the objects that they are, so that whoever writes into one or loads a state dict
     changes what is multiplied, and what moves them apart (`.to()`) has them laid so again. Layers that are not plain,
     weights that need a gradient, and graphs that are being compiled take a product each.
+
+    With `packs` the product reads a copy of the weights that was laid out for it.
     """
+    if packs is not None and takes(leaves, x, packs) and len({leaf.bias is None for leaf in leaves}) == 1:
+        return products(leaves, x, packs).split([len(leaf.weight) for leaf in leaves], dim=-1)  # type: ignore[arg-type]
     together = _together(leaves)
     if together is None:
-        return tuple(leaf(x) for leaf in leaves)
+        return tuple(apply(leaf, x, packs) for leaf in leaves)
     weight, bias = together
     sizes = [leaf.weight.shape[0] for leaf in leaves]  # type: ignore[index]
     return torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)

@@ -31,6 +31,7 @@ class Rewrites:
     folded_residual: bool = _rewrite("a residual block's sum is made where the next GroupNorm reads it")
     qkv: bool = _rewrite("queries, keys and values are one matrix product")
     arena: bool = _rewrite("on the CPU a call's temporaries lie where those of the call before lay")
+    prepacked: bool = _rewrite("convolutions and products on the CPU read weights that were laid out for them once")
 
     @classmethod
     def none(cls) -> Rewrites:

@@ -18,6 +18,7 @@ from fastdiff.errors import InputError
 from fastdiff.models.attention import PackedAttention
 from fastdiff.models.caches import Cache
 from fastdiff.models.forward import Forward
+from fastdiff.models.prepacked import Packed
 from fastdiff.models.tracing import tensors
 
 _LEAVES = (nn.Linear, nn.Conv2d)
@@ -187,8 +188,9 @@ class Shared:
     def copies(self) -> int:
         """Bytes of the tensors that the network's caches hold and that are not the parameters themselves."""
         seen = {held["_parameters"]["weight"].untyped_storage().data_ptr() for held in self._weighted()}
-        total = 0
-        for tensor in tensors([cache.values() for cache in self.caches()]):
+        kept = [value for cache in self.caches() for value in cache.values()]
+        total = sum(value.nbytes for value in kept if isinstance(value, Packed))
+        for tensor in tensors(kept):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())

@@ -25,6 +25,7 @@ from fastdiff.models.embeddings import (
     class_embedding,
 )
 from fastdiff.models.maps import Map
+from fastdiff.models.prepacked import Packs
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.models.times import TimeTables
 
@@ -44,6 +45,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.rewrites = Rewrites()
+        self.packs = Packs()
         self._c = c
         time_channels = self._add_embeddings(c)
         self._resnet = ResnetSettings(

@@ -14,6 +14,7 @@ from fastdiff.models.arena import in_arena
 from fastdiff.models.blocks import ResnetBlock, Upsample, UpStage
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Map, normed, total
+from fastdiff.models.prepacked import convolve
 from fastdiff.models.times import TimeTables
 from fastdiff.models.trunk import Trunk, as_bias
 from fastdiff.nn import GroupNormSiLU
@@ -71,6 +72,7 @@ class UNet(Trunk):
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
         context = Context(
             rewrites=self.rewrites,
+            packs=self.packs.ready(sample, self.rewrites),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
             token_mask=as_bias(encoder_attention_mask, sample),
@@ -80,7 +82,7 @@ class UNet(Trunk):
         layout = memory_format(sample)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        x: Map = self.conv_in(2 * sample - 1 if self._c.center_input_sample else sample)
+        x: Map = convolve(self.conv_in, 2 * sample - 1 if self._c.center_input_sample else sample, context.packs)
         x, skips = self._descend(x, context)
         if down_block_additional_residuals is not None:
             skips = [total(skip) + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
@@ -89,7 +91,7 @@ class UNet(Trunk):
         for block, layers in zip(self.up_blocks, self._up_layers, strict=True):
             skips, mine = skips[:-layers], skips[-layers:]
             x = block(x, mine, context, total(skips[-1]).shape[2:] if skips else None)
-        out: Tensor = self.conv_out(normed(self.conv_norm_out, x, context, keep=False))
+        out = convolve(self.conv_out, normed(self.conv_norm_out, x, context, keep=False), context.packs)
         if self._c.time_embedding_type == "fourier" and not self._c.conditional:
             out = out / t.reshape(-1, 1, 1, 1)
         return out.contiguous(memory_format=layout) if self.rewrites.channels_last else out

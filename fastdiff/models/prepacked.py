@@ -1,0 +1,182 @@
+"""Products on the CPU with weights that were laid out for them once, instead of at every call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fastdiff.models.caches import Cache
+from fastdiff.models.leaf import is_plain
+from fastdiff.models.rewrites import Rewrites
+
+__all__ = ["Packs", "apply", "convolve", "products", "takes"]
+
+_MOST_SHAPES = 64
+
+
+class Packs(Cache):
+    """The weights of a network's layers as the products read them, one copy of each, made at the layer's first call.
+
+    A weight that is another object, was written to or got other storage is laid out anew.
+    """
+
+    def __init__(self, size: int = sys.maxsize) -> None:
+        super().__init__(size)
+
+    def ready(self, x: Tensor, rewrites: Rewrites) -> Packs | None:
+        """Itself where a call with x may use it: none where what happens is compiled, traced, transformed or observed,
+        or where autocast chooses the dtypes."""
+        if torch.compiler.is_compiling() or not rewrites.prepacked or type(x) is not Tensor or not x.is_cpu:
+            return None
+        watched = (
+            _get_current_dispatch_mode() is not None
+            or torch.jit.is_tracing()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        )
+        return None if watched or torch.is_autocast_enabled("cpu") else self
+
+
+class Packed:
+    """A weight in the layout that oneDNN chooses for it, which depends on the shape of what it is multiplied with.
+
+    There is one copy: where a new shape asks for another layout, that one takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._state: tuple[Tensor | None, frozenset[Any]] = (None, frozenset())
+
+    def at(self, shape: Any, pack: Callable[[], Tensor]) -> Tensor:
+        """For this shape; pack: makes it."""
+        packed, shapes = self._state
+        if packed is not None and shape in shapes:
+            return packed
+        made = pack()
+        if packed is not None and len(shapes) < _MOST_SHAPES and _layout(made) == _layout(packed):
+            self._state = packed, shapes | {shape}
+            return packed
+        self._state = made, frozenset({shape})
+        return made
+
+    @property
+    def nbytes(self) -> int:
+        packed = self._state[0]
+        return 0 if packed is None else int(torch.ops.mkldnn._nbytes(packed))
+
+
+def takes(leaves: Sequence[nn.Module], x: Tensor, packs: Packs | None) -> bool:
+    """Whether x is multiplied with weights of these layers that were laid out for it."""
+    return packs is not None and _takes(leaves, x)
+
+
+def convolve(
+    conv: nn.Module, x: Tensor, packs: Packs | None, *, bias: bool = True, addend: Tensor | None = None
+) -> Tensor:
+    """conv(x) + addend, or without the layer's bias; addend has the shape of the result and is added in float32."""
+    if packs is None or not _takes((conv,), x):
+        y = conv(x) if bias else F.conv2d(x, conv.weight, None, *_geometry(conv))  # type: ignore[arg-type]
+        return y if addend is None else addend + y
+    weight, own_bias = conv.weight, conv.bias if bias else None
+    return convolve_with(weight, own_bias, lambda: weight, x, _geometry(conv), packs, addend=addend)  # type: ignore
+
+
+def convolve_with(
+    weight: Tensor,
+    bias: Tensor | None,
+    make: Callable[[], Tensor],
+    x: Tensor,
+    geometry: tuple[Any, ...],
+    packs: Packs,
+    *,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """The convolution of x with what `make` makes of `weight`; geometry: stride, padding, dilation, groups."""
+    stride, padding, dilation, groups = geometry
+    shape = tuple(x.shape)
+    held: Packed = packs.get(("conv", geometry), (weight,), Packed)
+    packed = held.at(
+        shape,
+        lambda: torch.ops.mkldnn._reorder_convolution_weight(
+            make().detach(), padding, stride, dilation, groups, list(shape)
+        ),
+    )
+    run = torch.ops.mkldnn._convolution_pointwise
+    if addend is None:
+        return run(x, packed, bias, padding, stride, dilation, groups, "none", [], "")
+    return run.binary(x, addend, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
+
+
+def apply(leaf: nn.Module, x: Tensor, packs: Packs | None) -> Tensor:
+    """leaf(x)."""
+    if type(leaf) is nn.Conv2d:
+        return convolve(leaf, x, packs)
+    return products((leaf,), x, packs) if packs is not None and _takes((leaf,), x) else leaf(x)
+
+
+def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs) -> Tensor:
+    """[W_1; W_2; ...] x + [b_1; b_2; ...] along the last dimension of x, for layers that `takes` takes.
+
+    A 1x1 convolution counts as the linear layer that it is.
+    """
+    weights = [leaf.weight for leaf in leaves]
+    biases = [leaf.bias for leaf in leaves]
+    bias: Any = biases[0] if len(leaves) == 1 else None
+    if bias is None and biases[0] is not None:
+        bias = packs.get("bias", biases, lambda: torch.cat(biases))  # type: ignore[arg-type]
+    rows = x.numel() // x.shape[-1]
+    held: Packed = packs.get("linear", weights, Packed)  # type: ignore[arg-type]
+    packed = held.at(rows, lambda: torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))  # type: ignore
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    flat = [weight.detach().flatten(1) for weight in weights]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _geometry(conv: nn.Module) -> tuple[Any, ...]:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+@cache
+def _dtypes() -> frozenset[torch.dtype]:
+    """What oneDNN multiplies on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    found = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found.add(torch.bfloat16)
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        found.add(torch.float16)
+    return frozenset(found)
+
+
+def _takes(leaves: Sequence[nn.Module], x: Tensor) -> bool:
+    if x.dtype not in _dtypes() or type(x) is not Tensor or x.numel() == 0 or not torch.backends.mkldnn.enabled:
+        return False
+    graded = torch.is_grad_enabled()
+    if graded and x.requires_grad:
+        return False
+    for leaf in leaves:
+        if not is_plain(leaf):
+            return False
+        weight, bias = leaf.weight, leaf.bias
+        for own in (weight,) if bias is None else (weight, bias):
+            if type(own) is not nn.Parameter or own.dtype != x.dtype or not own.is_cpu or own.is_inference():
+                return False
+            if graded and own.requires_grad:
+                return False
+        strange = isinstance(getattr(leaf, "padding", 0), str)
+        if strange or (x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)):
+            return False
+    return True
+
+
+def _layout(packed: Tensor) -> bytes:
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
