@@ -263,7 +263,7 @@ class Pool {
   size_t bound() const {
     size_t left = limit_;
     for (const auto& [begin, end] : free_.parts()) {
-      if (end - begin >= left) return begin + left;
+      if (end - begin >= left) return (begin + left) / page_ * page_;
       left -= end - begin;
     }
     return Ranges::NOWHERE;

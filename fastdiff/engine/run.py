@@ -182,8 +182,12 @@ def _check_output(output: object, given: torch.Size, table: StepTable) -> None:
         raise InputError(f"denoiser: expected an output of shape {expected}, got {got}")
 
 
+@torch.inference_mode(False)
 def _times(table: StepTable, device: torch.device) -> Tensor:
-    """What the network is told, (R,): int64 where every timestep is whole, else float32."""
+    """What the network is told, (R,): int64 where every timestep is whole, else float32.
+
+    A network that remembers what it has made of them can only do so for a tensor that counts its versions.
+    """
     times = torch.tensor(table.timesteps, dtype=torch.float64)
     whole = bool((times == times.round()).all())
     return times.to(torch.int64 if whole else torch.float32).to(device)

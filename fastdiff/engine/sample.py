@@ -157,6 +157,7 @@ def _repeated(name: str, value: Tensor | None, samples: int, device: torch.devic
     return full.to(device).expand(samples, *full.shape[1:])
 
 
+@torch.inference_mode(False)  # what a network makes of the labels it may remember for tensors that count versions
 def _denoiser(
     model: Model, conditions: list[list[int]] | None, part: slice, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:

@@ -31,15 +31,17 @@ _patched: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @dataclass
 class _Plan:
-    """What is to be done: new conversions, old ones that get other rewrites, single forwards; and what is left, why."""
+    """What is to be done: new conversions, old ones and networks of ours that get other rewrites, single forwards; and
+    what is left, why."""
 
     new: list[Conversion] = field(default_factory=list)
     old: list[Conversion] = field(default_factory=list)
     forwards: list[Forward] = field(default_factory=list)
+    ours: list[Any] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
     def count(self) -> int:
-        return len(self.new) + len(self.old) + len(self.forwards)
+        return len(self.new) + len(self.old) + len(self.forwards) + len(self.ours)
 
 
 def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = None, strict: bool = False) -> Target:
@@ -53,8 +55,8 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
     strict     raise an error, and change nothing, if something would be left as it is
 
     Parameters, state dict, configuration and signature stay the network's own: moving it, loading into it, LoRA through
-    PEFT, copies and pickles go on as before and take effect in the next call. A change that leaves no trace, such as
-    writing to `weight.data[...]` or `weight.data.add_(...)` from outside PEFT, is taken up after another `accelerate`.
+    PEFT, copies and pickles go on as before and take effect in the next call. A change that leaves no trace in PyTorch,
+    such as writing to `weight.numpy()` or from another process, is taken up after another `accelerate`.
     Calls that fastdiff's network does not take (some arguments, attention processors, hooks inside, autocast,
     gradients) run on the library's code; all but gradients and training are warned of once and listed in
     `fastdiff.report()`. What `torch.compile` or `torch.jit.trace` sees is the library's code too. Several threads may
@@ -64,8 +66,8 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
     """
     chosen = Rewrites.parse(rewrites)
     if isinstance(target, Model) or _is_ours(target):
-        network: Any = target.network if isinstance(target, Model) else target
-        network.rewrites = chosen
+        ours: Any = target.network if isinstance(target, Model) else target
+        ours.rewrites = chosen
         return target
     plan = _Plan()
     for name, network in _networks("accelerate", target):
@@ -80,7 +82,12 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
         conversion.refresh(chosen)
     for each in plan.forwards:
         each.install()
+    for network in plan.ours:
+        network.rewrites = chosen
     for name, reason in plan.left:
+        for conversion in (*plan.new, *plan.old):
+            if conversion.name == name:
+                conversion.told(reason)
         networks.leave(name, reason, calls=0)
         warnings.warn(f"fastdiff: {name} runs as before: {reason}", stacklevel=2)
     return target
@@ -95,6 +102,8 @@ def restore(target: Target) -> Target:
         return accelerate(target)
     for _, network in _networks("restore", target):
         remove(network)
+        for ours in filter(_is_ours, network.modules()):
+            ours.rewrites = Rewrites()  # type: ignore[assignment]
     if any(scheduler in _patched for scheduler in _schedulers(target)):
         unpatch_scheduler(target)
     return target
@@ -119,20 +128,38 @@ def _networks(caller: str, target: Any) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    # Known by its name: importing its class would import all of the compiler.
+    return type(module).__module__ == "torch._dynamo.eval_frame" and hasattr(module, "_orig_mod")
+
+
+def _is_model(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("diffusers.") and hasattr(module, "config")
+
+
 def _is_encoder(module: nn.Module) -> bool:
     return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
 
 
 def _add(plan: _Plan, name: str, network: nn.Module, rewrites: Rewrites) -> None:
-    before = plan.count() + len(plan.left)
+    before, found = plan.count() + len(plan.left), len(plan.new) + len(plan.old) + len(plan.left)
     _walk(plan, name, network, rewrites, title=_title(name, network), parts={})
-    if plan.count() + len(plan.left) == before:
+    none = len(plan.new) + len(plan.old) + len(plan.left) == found
+    # Of a model of the library's single parts are not the whole that the caller has asked for.
+    if plan.count() + len(plan.left) == before or (none and _is_model(network)):
         plan.left.append((_title(name, network), f"fastdiff has no network for {type(network).__name__}"))
 
 
 def _walk(
     plan: _Plan, name: str, module: nn.Module, rewrites: Rewrites, *, title: str, parts: dict[type, Parts]
 ) -> None:
+    if _is_compiled(module):
+        inner: Any = module._orig_mod
+        plan.left.append((_title(name, inner), "torch.compile runs the library's code; pass the uncompiled module"))
+        return
+    if _is_ours(module):
+        plan.ours.append(module)
+        return
     if converter(module) is not None:
         _convert(plan, name, module, rewrites)
         return

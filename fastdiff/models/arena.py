@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastdiff.errors import InputError
 from fastdiff.ops import native
 
-__all__ = ["Arena", "Lease", "in_arena", "outside", "shared"]
+__all__ = ["Arena", "Lease", "in_arena", "outside", "release", "shared"]
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ class Arena:
     So a network that is called again with the same shapes takes nothing from the system, whose new pages cost more than
     most layers compute. A tensor lies in the first gap that it fits, aligned to 64 bytes, so that the arena is hardly
     larger than what was in use at a time. oneDNN's scratchpads come from here too, as far as PyTorch provides them.
-    What other threads allocate does not, those of PyTorch's parallel loops among them, and nothing outside the CPU does.
+    What other threads allocate does not, those of parallel loops among them, and nothing outside the CPU does.
 
     Any number of threads may be inside one arena, and a tensor may be freed anywhere and at any time: also after the
     scope, and after the arena. When nobody is inside, pages that none of the last eight scopes has reached go back to
@@ -123,14 +123,19 @@ def in_arena(forward: Callable[P, Result]) -> Callable[P, Result]:
         network: Any = args[0]
         if torch.compiler.is_compiling() or not network.rewrites.arena or _records(network, args[1:], kwargs):
             return forward(*args, **kwargs)
-        if "_lease" not in vars(network):
-            network._lease = Lease()
-        with network._lease.arena:
+        lease = vars(network).get("_lease") or vars(network).setdefault("_lease", Lease())
+        with lease.arena:
             result = forward(*args, **kwargs)
         _move_out(result)
         return result
 
     return run
+
+
+def release(network: nn.Module) -> None:
+    """Ends the use that a network makes of the shared arena, until it is called again."""
+    for module in network.modules():
+        vars(module).pop("_lease", None)
 
 
 @contextmanager

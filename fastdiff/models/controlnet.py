@@ -148,7 +148,7 @@ class ControlNet(Trunk):
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
         )
-        self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {})
+        self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {}, sample.dtype)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
         x, skips = self._descend(convolve(self.conv_in, sample, context.packs, addend=condition), context)

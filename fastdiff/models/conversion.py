@@ -12,12 +12,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fastdiff.errors import InputError
+from fastdiff.models import arena
 from fastdiff.models.convert import Call, Left, check, converter
 from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.models.sharing import Facts, Shared, facts
+from fastdiff.models.tracing import is_transformed, tensors
 from fastdiff.ops import networks
 
 
@@ -30,7 +33,7 @@ class Conversion:
 
     def __init__(self, module: nn.Module, name: str, rewrites: Rewrites) -> None:
         self._module, self.name, self._rewrites = weakref.ref(module), name, rewrites
-        self.enabled = True
+        self._ended: set[str] = set()
         self._reset()
 
     def _reset(self) -> None:
@@ -60,12 +63,17 @@ class Conversion:
             self._shared.network.rewrites = rewrites  # type: ignore[assignment]
             for cache in self._shared.caches():
                 cache.clear()
+            arena.release(self._shared.network)
 
-    def end(self) -> None:
-        """Leaves the module as it was found."""
-        self.enabled = False
-        if self._shared is not None:
-            self._shared.unpack()
+    def end(self, path: str) -> None:
+        """The forward at that path is the library's again; after the last of them the module is as it was found."""
+        self._ended.add(path)
+        module = self.module()
+        if module is None or self._ended >= self._calls(module).keys():
+            if self._shared is not None:
+                self._shared.unpack()
+                arena.release(self._shared.network)
+            networks.forget(self)
 
     def module(self) -> nn.Module | None:
         return self._module()
@@ -84,13 +92,18 @@ class Conversion:
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the forward at that path gives. Raises Left where the library's own has to."""
         module = self.module()
-        if module is None or not self.enabled:
+        if module is None or path in self._ended:
             raise Left(None)
-        shared = self._ready(module)
-        reason = self.obstacle()
+        try:
+            reason = self.obstacle()
+        except InputError as error:
+            reason = str(error)  # its configuration is another now
         if reason is not None:
             raise Left(reason)
-        if torch.is_grad_enabled() and (_require_grad((args, kwargs)) or shared.requires_grad()):
+        shared = self._ready(module)
+        given = list(tensors((args, kwargs)))
+        check(not is_transformed(given, shared.parameter()))
+        if torch.is_grad_enabled() and (any(each.requires_grad for each in given) or shared.requires_grad()):
             raise Left(None)
         if module.training and shared.drops():
             raise Left(None)
@@ -99,6 +112,10 @@ class Conversion:
         run = self._calls(module)[path]
         check(_takes(run, args, kwargs))
         return run(shared.network, module, *args, **kwargs)
+
+    def told(self, reason: str) -> None:
+        """The user knows this reason already."""
+        self._warned.add(reason)
 
     def leave(self, reason: str | None) -> None:
         """Notes that a call was the library's own, and warns of each reason once."""
@@ -137,14 +154,14 @@ class Conversion:
         copied = memo.get(id(module))
         made = Conversion.__new__(Conversion)
         memo[id(self)] = made
-        made.__setstate__((copied, self.name, self._rewrites, self.enabled))
+        made.__setstate__((copied, self.name, self._rewrites, set(self._ended)))
         return made
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.module(), self.name, self._rewrites, self.enabled
+        return self.module(), self.name, self._rewrites, self._ended
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        module, self.name, self._rewrites, self.enabled = state
+        module, self.name, self._rewrites, self._ended = state
         self._module = weakref.ref(nn.Module() if module is None else module)
         self._reset()
         networks.watch(self)
@@ -169,8 +186,7 @@ class Entry(Forward):
         return self.original(*args, **kwargs)
 
     def undo(self) -> None:
-        self._conversion.end()
-        networks.forget(self._conversion)
+        self._conversion.end(self._path)
 
     def copied(self, owner: nn.Module, memo: dict[int, Any]) -> Any:
         if id(self._conversion.module()) not in memo:
@@ -207,11 +223,3 @@ def _takes(run: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _parameters(run: Call) -> tuple[tuple[str, ...], frozenset[str]]:
     known = list(inspect.signature(run).parameters.values())[2:]
     return tuple(p.name for p in known), frozenset(p.name for p in known if p.default is p.empty)
-
-
-def _require_grad(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, dict):
-        return any(map(_require_grad, value.values()))
-    return isinstance(value, tuple | list) and any(map(_require_grad, value))

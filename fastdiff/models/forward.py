@@ -92,7 +92,8 @@ def remove(module: nn.Module) -> None:
         for slot in _SLOTS:
             value = vars(inner).get(slot)
             if isinstance(value, Forward):
-                value.undo()
+                if value.owner is inner:  # a shallow copy has the forward of what it is a copy of
+                    value.undo()
                 if slot == "forward":
                     delattr(inner, slot)
                 else:

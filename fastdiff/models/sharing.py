@@ -19,6 +19,7 @@ from fastdiff.models.attention import PackedAttention
 from fastdiff.models.caches import Cache
 from fastdiff.models.forward import Forward
 from fastdiff.models.prepacked import Packed
+from fastdiff.models.tracing import tensors
 
 _LEAVES = (nn.Linear, nn.Conv2d)
 """Other code may put layers of its own in their place; ours call whatever lies there."""
@@ -28,8 +29,13 @@ _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFor
 """Ways of computing one and the same attention."""
 _ADDED_PROCESSORS = tuple(name.replace("Attn", "AttnAddedKV") for name in _PROCESSORS)
 """The same where the text has projections of its own."""
-_FREE = frozenset({"training", "gradient_checkpointing", "sliceable_head_dim", "enabled"})
+_FREE = frozenset({"training", "gradient_checkpointing", "sliceable_head_dim", "enabled", "fused_projections"})
 """Attributes that change how a module of the library computes but not what."""
+_FUSED = frozenset({"to_qkv", "to_kv"})
+"""Layers of an attention that only a processor for fused projections reads; they stay when it has gone."""
+_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+_AUTHORS = ("diffusers", "torch")
+"""Where the forwards of the library's modules are written."""
 
 _parents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _changes = 0
@@ -98,6 +104,7 @@ class _State:
     processors: list[Any] = field(default_factory=list)
     dropouts: list[nn.Module] = field(default_factory=list)
     replaced: list[nn.Module] = field(default_factory=list)
+    kinds: dict[type, Any] = field(default_factory=dict)
 
     def fix(self) -> None:
         self.sizes = list(map(len, self.holders))
@@ -112,11 +119,15 @@ class _State:
             and list(map(bool, self.hooks)) == self.hooked
             and all(map(_same, map(tuple, map(dict.values, self.children)), self.families))
             and all(map(operator.is_, [held.get("processor") for held in self.attentions], self.processors))
+            and all(map(operator.is_, map(_forward, self.kinds), self.kinds.values()))
         )
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return one == other
+
+
+_forward = operator.attrgetter("forward")
 
 
 class Shared:
@@ -155,13 +166,18 @@ class Shared:
             with self._lock:
                 if not self._state.holds():
                     self._link(original)
-        return self._state.reason
+        return self._state.reason or (_watched_all() if any(_HOOKS) else None)
 
     def requires_grad(self) -> bool:
         state = self._state
         layers = chain.from_iterable(held["_parameters"].values() for held in state.holders)
         others = chain.from_iterable(layer.parameters() for layer in state.replaced)
         return any(p is not None and p.requires_grad for p in chain(layers, others))
+
+    def parameter(self) -> Tensor | None:
+        """Some parameter."""
+        found = (held["_parameters"].get("weight") for held in self._state.holders)
+        return next((weight for weight in found if isinstance(weight, Tensor)), None)
 
     def drops(self) -> bool:
         """Whether some dropout would make a call random."""
@@ -176,7 +192,7 @@ class Shared:
         seen = {held["_parameters"]["weight"].untyped_storage().data_ptr() for held in self._weighted()}
         kept = [value for cache in self.caches() for value in cache.values()]
         total = sum(value.nbytes for value in kept if isinstance(value, Packed))
-        for tensor in _tensors(kept):
+        for tensor in tensors(kept):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
@@ -220,6 +236,7 @@ class Shared:
             state.replaced.append(module)
             return None if known.kind in _LEAVES else f"{path} is a {_name(type(module))}, not a {known.kind.__name__}"
         held = vars(module)
+        state.kinds.setdefault(known.kind, known.kind.forward)
         if known.children or path == "":
             state.children.append(held["_modules"])
         if path:
@@ -227,11 +244,12 @@ class Shared:
             state.hooks += [held["_forward_hooks"], held["_forward_pre_hooks"]]
         if isinstance(module, nn.Dropout):
             state.dropouts.append(module)
-        if "processor" in held:
+        attends = "processor" in held
+        if attends:
             state.attentions.append(held)
-        reasons = [_difference(module, path, known)] if path else []
+        reasons = [_written_over(known.kind), _difference(module, path, known) if path else None]
         for name, child in held["_modules"].items():
-            if child is not None:
+            if child is not None and not (attends and name in _FUSED):
                 inside = f"{path}.{name}" if path else name
                 if name not in known.children:
                     reasons.append(f"{inside} ({_name(type(child))}) is not of its configuration")
@@ -263,6 +281,20 @@ def _difference(module: nn.Module, path: str, known: Facts) -> str | None:
     return None
 
 
+def _written_over(kind: type) -> str | None:
+    """Who has put another forward into a class, of which every module of that kind has it."""
+    forward = _forward(kind)
+    author = getattr(forward, "__globals__", {}).get("__name__", "torch")
+    return None if author.partition(".")[0] in _AUTHORS else f"{kind.__name__}.forward was replaced by {author}"
+
+
+def _watched_all() -> str | None:
+    """Whether somebody has hooked all modules there are. PyTorch's own counters do so for the names' sake."""
+    hooks = chain.from_iterable(each.values() for each in _HOOKS)
+    others = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")]
+    return "all modules have a forward hook" if others else None
+
+
 def _is_library_processor(processor: Any, names: tuple[str, ...]) -> bool:
     kind = type(processor)
     return kind.__name__ in names and kind.__module__.startswith("diffusers.")
@@ -274,16 +306,6 @@ def _places(network: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for name, child in parent._modules.items():
             if type(child) in _SHARED:
                 yield path, name, parent._modules
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _name(kind: type) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,35 +138,35 @@ class Trunk(nn.Module):
         class_labels: Tensor | None,
         timestep_cond: Tensor | None,
         added: Mapping[str, Tensor],
+        dtype: torch.dtype,
     ) -> None:
         """Gives the context the time: for each block that reads it if it was made beforehand, else as an embedding."""
         names = () if self.add_embedding is None else ("text_embeds", "time_ids", "image_embeds")
         text = context.tokens if isinstance(self.add_embedding, TextTime) else None
         conditions = (class_labels, timestep_cond, text, *(added.get(name) for name in names))
+        # As in the library it is the sample's: a quantized weight has another.
+        embed = partial(self._embed, dtype=dtype)
         if context.rewrites.time_cache:
             embedders = (self.time_proj, self.time_embedding, self.class_embedding, self.add_embedding)
-            context.projected = self._times.find(timestep, len(t), conditions, embedders, self._embed, context)
+            context.projected = self._times.find(timestep, len(t), conditions, embedders, embed, context)
         if context.projected is None:
-            context.time = self._embed(t, conditions)
+            context.time = embed(t, conditions)
 
-    def _embed(self, t: Tensor, conditions: Sequence[Tensor | None]) -> Time:
+    def _embed(self, t: Tensor, conditions: Sequence[Tensor | None], dtype: torch.dtype) -> Time:
         """The embedding (k N, time_channels) of the times (k N,), and of the class and what else is added (N, ...)."""
         class_labels, condition, *more = conditions
-        weight = self.time_embedding.linear_1.weight
 
         def repeated(x: Tensor) -> Tensor:
             return x if len(x) == len(t) else x.repeat(len(t) // len(x), 1)
 
-        embedding = self.time_embedding(
-            self.time_proj(t).to(weight.dtype), None if condition is None else repeated(condition)
-        )
-        classes = self._classes(class_labels, weight.dtype)
+        embedding = self.time_embedding(self.time_proj(t).to(dtype), None if condition is None else repeated(condition))
+        classes = self._classes(class_labels, dtype)
         if classes is not None:
             classes = repeated(classes)
             concat = self._c.class_embeddings_concat
             embedding = torch.cat([embedding, classes], dim=-1) if concat else embedding + classes
         if self.add_embedding is not None:
-            embedding = embedding + repeated(self._added(more, weight.dtype))
+            embedding = embedding + repeated(self._added(more, dtype))
         if self._c.time_embedding_act_fn is not None:
             embedding = ACTIVATIONS[self._c.time_embedding_act_fn](embedding)
         return Time(embedding, ACTIVATIONS[self._c.act_fn])

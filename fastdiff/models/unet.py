@@ -98,7 +98,7 @@ class UNet(Trunk):
             mask=as_bias(attention_mask, sample),
             token_mask=as_bias(encoder_attention_mask, sample),
         )
-        self._read_time(context, timestep, t, class_labels, timestep_cond, added)
+        self._read_time(context, timestep, t, class_labels, timestep_cond, added, sample.dtype)
         context.tokens = self._tokens(encoder_hidden_states, added)
         if objects is not None:
             context.objects = self.position_net(**objects)

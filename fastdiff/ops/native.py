@@ -83,6 +83,19 @@ def arenas(*, reset: bool = False) -> Arenas:
     return Arenas() if isinstance(module, str) else Arenas(*module.arena_totals(reset))
 
 
+@cache
+def written() -> tuple[Callable[[Tensor], None], Callable[[], int]]:
+    """(watch, count): from now on writes to a watched tensor through its `data` are counted, for all tensors together.
+
+    The tensor's own version does not count them. Without the extension nobody does: the count stays 0.
+    """
+    module = extension()
+    if isinstance(module, str):
+        return lambda tensor: None, lambda: 0
+    module.notice_writes()
+    return module.watch_writes, module.unseen_writes
+
+
 class _Native(KernelBackend):
     """A function of fastdiff._C."""
 

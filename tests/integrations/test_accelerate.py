@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 import warnings
 import weakref
 from functools import cache
@@ -219,8 +220,10 @@ def test_a_network_that_was_changed_runs_as_it_was_changed(change: Any, reason: 
     assert forward(network) is None, "strict changes nothing"
     with pytest.warns(UserWarning, match=reason):
         fastdiff.accelerate(network)
-    with pytest.warns(UserWarning, match=reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has been told
         assert torch.equal(called(network), expected)
+    assert [calls for (_, said), calls in fastdiff.report().left.items() if re.search(reason, said)] == [1]
     assert not ours_ran()
     if reason not in ("fuser", "to_qkv|fused_projections|FusedAttn"):
         assert not torch.equal(before, expected), "the change changes something"

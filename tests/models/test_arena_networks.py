@@ -1,0 +1,316 @@
+"""Networks inside the arena: nothing is taken from the system in the steady state, and what is returned stays whole."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff.models.arena import Arena, shared
+from fastdiff.models.rewrites import names
+
+TIMES = torch.tensor([900, 500, 100])
+Call = Callable[[nn.Module, torch.dtype, int], Any]
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
+    "UNet2DModel": (tiny.pixel_unet, lambda m, d, s: m(tiny.random(2, 3, s, s).to(d), TIMES[1])),
+    "UNet2DConditionModel": (tiny.unet, lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), TIMES[1], m.text)),
+    "UNet2DConditionModel XL": (
+        tiny.unet_xl,
+        lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), TIMES[1], m.text, added_cond_kwargs=m.added),
+    ),
+    "encoder": (tiny.vae, lambda m, d, s: m.encode(tiny.random(2, 3, s, s).to(d)).latent_dist.parameters),
+    "decoder": (tiny.vae, lambda m, d, s: m.decode(tiny.random(2, 4, s, s).to(d))),
+    "ControlNetModel": (
+        tiny.controlnet,
+        lambda m, d, s: m(
+            tiny.random(2, 4, s, s).to(d), TIMES[1], m.text, tiny.random(2, 3, 2 * s, 2 * s).to(d), return_dict=False
+        ),
+    ),
+    "DiTTransformer2DModel": (
+        tiny.dit,
+        lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), timestep=TIMES[1:2].expand(2), class_labels=m.labels),
+    ),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Without gradients, and with no other network whose end would empty the arena."""
+    gc.collect()
+    shared().clear()
+    with torch.no_grad():
+        yield
+
+
+def library(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    network = copy.deepcopy(KINDS[kind][0]()).to(dtype)
+    # The same objects in each call, as in a run.
+    vars(network).update(
+        text=tiny.random(2, 5, tiny.WIDTH).to(dtype),
+        added={"text_embeds": tiny.random(2, tiny.WIDTH).to(dtype), "time_ids": tiny.random(2, 6).to(dtype)},
+        labels=torch.tensor([3, 5]),
+    )
+    return network
+
+
+def accelerated(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    return fastdiff.accelerate(library(kind, dtype), strict=True, **options)
+
+
+def results(kind: str, network: nn.Module, dtype: torch.dtype = torch.float32, side: int = 16) -> list[Tensor]:
+    return list(_flat(KINDS[kind][1](network, dtype, side)))
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _flat(item)
+
+
+def in_use() -> int:
+    return shared().bytes - shared().idle
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_steady_state_takes_nothing_from_the_system(kind: str, dtype: str) -> None:
+    network = accelerated(kind, DTYPES[dtype])
+    plain = results(kind, accelerated(kind, DTYPES[dtype], rewrites=set(names()) - {"arena"}), DTYPES[dtype])
+    for call in range(4):
+        misses, hits = shared().misses, shared().hits
+        out = results(kind, network, DTYPES[dtype])
+        assert in_use() == 0, "what is returned or remembered lies in the arena"
+        assert shared().misses == misses or call < 2
+        assert shared().hits - hits > 15 or call == 0
+        assert all(map(torch.equal, out, plain))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_that_are_kept_stay_what_they_are(kind: str) -> None:
+    network = accelerated(kind)
+    kept = [results(kind, network) for _ in range(2)]
+    held, misses = shared().bytes, shared().misses
+    kept += [results(kind, network) for _ in range(30)]
+    assert (shared().bytes, shared().misses) == (held, misses)
+    assert all(torch.equal(value, first) for out in kept for value, first in zip(out, kept[0], strict=True))
+
+
+def test_a_result_is_an_ordinary_tensor() -> None:
+    network = accelerated("decoder")
+    (out,), (again,) = results("decoder", network), results("decoder", network)
+    array, expected = out.numpy(), again.clone()
+    assert torch.equal(pickle.loads(pickle.dumps(out)), expected)
+    out.add_(1.0)
+    results("decoder", network)
+    assert torch.equal(torch.from_numpy(array), expected + 1.0)
+    again.share_memory_().resize_(2, *again.shape)
+    results("decoder", network)
+    assert torch.equal(again[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "decoder"])
+def test_shapes_that_take_turns(kind: str) -> None:
+    network, seen = accelerated(kind), []
+    for _ in range(4):
+        for side in (16, 8, 20):
+            results(kind, network, side=side)
+        seen.append((shared().misses, shared().bytes))
+    assert seen[1] == seen[2] == seen[3]
+
+
+def test_networks_that_take_turns_use_the_same_memory() -> None:
+    """What the one has left serves the other: together they hold what the larger holds alone."""
+    networks = {kind: accelerated(kind) for kind in ("UNet2DConditionModel", "ControlNetModel", "decoder")}
+    alone = []
+    for kind, network in networks.items():
+        shared().clear()
+        results(kind, network)
+        results(kind, network)
+        alone.append(shared().bytes)
+    shared().clear()
+    for kind, network in [*networks.items()] * 3:
+        results(kind, network)
+    assert shared().bytes == max(alone)
+
+
+def _end_by_restore(networks: list[nn.Module]) -> None:
+    fastdiff.restore(networks[0])
+
+
+def _end_by_deletion(networks: list[nn.Module]) -> None:
+    networks.clear()
+    gc.collect()
+
+
+def _end_by_other_rewrites(networks: list[nn.Module]) -> None:
+    fastdiff.accelerate(networks[0], rewrites=["qkv"])
+
+
+@pytest.mark.parametrize("end", [_end_by_restore, _end_by_deletion, _end_by_other_rewrites])
+@pytest.mark.parametrize("kind", ["UNet2DModel", "decoder", "DiTTransformer2DModel"])
+def test_the_memory_goes_with_the_network(kind: str, end: Callable[[list[nn.Module]], None]) -> None:
+    networks = [accelerated(kind)]
+    out = results(kind, networks[0])
+    assert shared().idle > 0
+    end(networks)
+    assert shared().bytes == 0
+    assert all(value.isfinite().all() for value in out)
+
+
+def test_the_memory_goes_when_calls_no_longer_need_it() -> None:
+    """As those of a network that was moved to another device."""
+    network = accelerated("UNet2DModel")
+    results("UNet2DModel", network)
+    held = shared().bytes
+    for _ in range(10):
+        results("UNet2DModel", network, side=2)
+    assert shared().bytes < held / 2 or held < 2**22, "what lies below 2 MB is kept"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_copies_run_inside_too(copied: Callable[[nn.Module], nn.Module]) -> None:
+    network = accelerated("UNet2DConditionModel")
+    expected = results("UNet2DConditionModel", network)
+    other = copied(network)
+    del network
+    gc.collect()
+    for _ in range(2):
+        hits = shared().hits
+        assert torch.equal(results("UNet2DConditionModel", other)[0], expected[0])
+    assert shared().hits - hits > 15
+
+
+class Failing(nn.Conv2d):
+    """A layer that fails when it is told to, and keeps what it gave last."""
+
+    fails = False
+    last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            raise ValueError("told to")
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_an_error_inside_leaves_the_arena() -> None:
+    network = accelerated("UNet2DModel")
+    layer = network.mid_block.resnets[0].conv1
+    failing = Failing(layer.in_channels, layer.out_channels, 3, padding=1)
+    failing.load_state_dict(layer.state_dict())
+    network.mid_block.resnets[0].conv1 = failing
+    expected = results("UNet2DModel", network)
+    failing.fails, failing.last = True, None
+    with pytest.raises(ValueError, match="told to"):
+        results("UNet2DModel", network)
+    gc.collect()
+    hits, misses = shared().hits, shared().misses
+    torch.empty(1000)
+    assert (shared().hits, shared().misses, in_use()) == (hits, misses, 0)
+    failing.fails = False
+    assert torch.equal(results("UNet2DModel", network)[0], expected[0])
+
+
+def test_a_layer_may_keep_what_it_gave() -> None:
+    network = accelerated("UNet2DModel")
+    layer = network.mid_block.resnets[0].conv1
+    keeping = Failing(layer.in_channels, layer.out_channels, 3, padding=1)
+    network.mid_block.resnets[0].conv1 = keeping
+    results("UNet2DModel", network)
+    kept, expected = keeping.last, keeping.last.clone()
+    for _ in range(3):
+        results("UNet2DModel", network, side=12)
+    assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "decoder"])
+def test_threads_call_one_network(kind: str) -> None:
+    network, sides, failures = accelerated(kind), (8, 12, 16), []
+    expected = [results(kind, network, side=side)[0] for side in sides]
+
+    def work(index: int) -> None:
+        with torch.no_grad():
+            kept = [results(kind, network, side=sides[index])[0] for _ in range(8)]
+        failures.extend(index for out in kept if not torch.equal(out, expected[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert in_use() == 0
+
+
+def test_inside_another_arena_results_are_its() -> None:
+    arena, network = Arena(), accelerated("UNet2DModel")
+    with arena:
+        (out,) = results("UNet2DModel", network)
+        again = results("UNet2DModel", network)
+        assert in_use() == 0
+        assert arena.bytes - arena.idle >= 2 * out.nbytes
+    assert torch.equal(out, again[0])
+
+
+def test_inside_the_shared_arena_results_stay_there() -> None:
+    """A network inside a network need not move what the outer one reads."""
+    network = accelerated("UNet2DModel")
+    with shared():
+        (out,) = results("UNet2DModel", network)
+        assert in_use() >= out.nbytes
+    del out
+    assert in_use() == 0
+
+
+def test_in_inference_mode() -> None:
+    network = accelerated("UNet2DConditionModel")
+    expected = results("UNet2DConditionModel", network)
+    with torch.inference_mode():
+        for call in range(3):
+            misses = shared().misses
+            (out,) = results("UNet2DConditionModel", network)
+            assert shared().misses == misses or call == 0
+    assert out.is_inference()
+    assert in_use() == 0
+    assert torch.equal(out, expected[0])
+
+
+def test_networks_of_ours_run_inside_and_training_does_not() -> None:
+    model = fastdiff.load_model("fashion")
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([10, 20])
+    labels = torch.tensor([1, 2])
+    for _ in range(3):
+        misses = shared().misses
+        model.network(x, t, class_labels=labels)
+    assert shared().misses == misses
+    assert in_use() == 0
+    before = shared().hits, shared().misses
+    with torch.enable_grad(), fastdiff.use_backend("reference"):
+        trained = copy.deepcopy(model.network).requires_grad_(True)
+        trained(x, t, class_labels=labels).sum().backward()
+    assert (shared().hits, shared().misses) == before
+
+
+def test_a_saved_network_comes_back() -> None:
+    network, file = accelerated("UNet2DModel"), io.BytesIO()
+    expected = results("UNet2DModel", network)
+    torch.save(network, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    assert torch.equal(results("UNet2DModel", other)[0], expected[0])
+    assert "_lease" not in "".join(network.state_dict())
