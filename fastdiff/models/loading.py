@@ -12,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from fastdiff import parameterization, schedules
 from fastdiff.errors import CheckpointError, InputError
 from fastdiff.files import write_atomic
-from fastdiff.models import scheduler_config
+from fastdiff.models import checkpoint_files, scheduler_config
 from fastdiff.models.autoencoder import AutoencoderKL
 from fastdiff.models.config import CONDITIONAL, spread
 from fastdiff.models.unet import UNet
@@ -28,9 +27,6 @@ from fastdiff.schedules import Schedule
 
 EMBEDDED = ("fashion",)
 """Names of the models inside the package."""
-
-_WEIGHTS = "diffusion_pytorch_model"
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -106,14 +102,16 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderKL:
     Errors: CheckpointError, in one line, as for `load_model`.
     """
     path = Path(path)
-    if path.suffix in _PICKLES:
-        raise CheckpointError(_pickled(path))
+    if path.suffix in checkpoint_files.PICKLES:
+        raise CheckpointError(checkpoint_files.pickled(path))
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected an autoencoder in diffusers' format")
     try:
-        folder = _model_folder(path, "vae")
-        network = _from_config(AutoencoderKL, _read_json(folder / "config.json"), folder / "config.json")
-        _fill(network, _read_folder_tensors(folder), folder)
+        folder = checkpoint_files.model_folder(path, "vae")
+        network = _from_config(
+            AutoencoderKL, checkpoint_files.json_object(folder / "config.json"), folder / "config.json"
+        )
+        _fill(network, checkpoint_files.folder_tensors(folder), folder)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     return network
@@ -151,8 +149,8 @@ def _load(path: Path, schedule: Schedule | None, prediction: str | None) -> Mode
     if not path.exists():
         known = ", ".join(repr(name) for name in EMBEDDED)
         raise CheckpointError(f"{path}: no such file or folder, nor a model in the package ({known})")
-    if path.suffix in _PICKLES:
-        raise CheckpointError(_pickled(path))
+    if path.suffix in checkpoint_files.PICKLES:
+        raise CheckpointError(checkpoint_files.pickled(path))
     try:
         load = _load_folder if path.is_dir() else _load_file
         return load(path, schedule, prediction)
@@ -161,7 +159,7 @@ def _load(path: Path, schedule: Schedule | None, prediction: str | None) -> Mode
 
 
 def _load_file(path: Path, schedule: Schedule | None, prediction: str | None) -> Model:
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = checkpoint_files.file_tensors(path)
     if "fastdiff" not in metadata:
         raise CheckpointError(
             f"{path}: has no description of its network; expected a file written by fastdiff, "
@@ -186,9 +184,9 @@ def _load_file(path: Path, schedule: Schedule | None, prediction: str | None) ->
 
 
 def _load_folder(path: Path, schedule: Schedule | None, prediction: str | None) -> Model:
-    folder = _model_folder(path, "unet")
-    tensors = _read_folder_tensors(folder)
-    network = _from_config(UNet, _read_json(folder / "config.json"), folder / "config.json")
+    folder = checkpoint_files.model_folder(path, "unet")
+    tensors = checkpoint_files.folder_tensors(folder)
+    network = _from_config(UNet, checkpoint_files.json_object(folder / "config.json"), folder / "config.json")
     _fill(network, tensors, folder)
     said, place = _scheduler(folder, network)
     if schedule is None and not place.is_file():
@@ -211,64 +209,17 @@ def _load_folder(path: Path, schedule: Schedule | None, prediction: str | None) 
         raise CheckpointError(f"{place}: {error}") from error
 
 
-def _model_folder(path: Path, part: str) -> Path:
-    """The folder itself, or that of the part if it is a pipeline's."""
-    folder = path / part if (path / part / "config.json").is_file() else path
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{path}: holds no config.json; expected a model folder in diffusers' format")
-    return folder
-
-
 def _scheduler(folder: Path, network: UNet) -> tuple[dict[str, Any], Path]:
     """The scheduler's configuration beside the network or in the pipeline's folder around it, or a usual one."""
     for place in (folder, folder / "scheduler", folder.parent / "scheduler"):
         path = place / "scheduler_config.json"
         if path.is_file():
-            return _read_json(path), path
+            return checkpoint_files.json_object(path), path
     if network.config["_class_name"] == CONDITIONAL:
         usual = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     else:
         usual = {"beta_schedule": "linear", "clip_sample": True}
     return usual, folder / "scheduler_config.json"
-
-
-def _read_folder_tensors(folder: Path) -> dict[str, Tensor]:
-    index = folder / f"{_WEIGHTS}.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        # A name with a folder in it could point anywhere on the machine.
-        if not names or any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index}: expected the names of files beside it, got {names}")
-        shards = [_read_tensors(folder / name)[0] for name in names]
-        return {key: tensor for shard in shards for key, tensor in shard.items()}
-    for name in (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return _read_tensors(folder / name)[0]
-    if (folder / f"{_WEIGHTS}.bin").is_file():
-        raise CheckpointError(_pickled(folder / f"{_WEIGHTS}.bin"))
-    raise CheckpointError(f"{folder}: holds no {_WEIGHTS}.safetensors")
-
-
-def _pickled(path: Path) -> str:
-    return f"{path}: is a pickle, which can run code, and is not read; save the model as safetensors and pass that"
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: is not a whole safetensors file ({error})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _from_config(kind: type[Network], config: Mapping[str, Any], path: Path) -> Network:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL
-from fastdiff.ops import checks, norm_checks, reference
+from fastdiff.ops import checks, network_checks, reference
 from fastdiff.ops.calling import call as _call
 from fastdiff.ops.calling import explanation, plain_step
 from fastdiff.ops.convolution import fold_upsample, upsample_conv
@@ -206,7 +206,7 @@ def group_norm_silu(
     silu=False leaves the activation out. float32 arithmetic and statistics, with no cancellation for large means.
     Source: Wu & He, "Group Normalization", 2018; Elfwing et al., "Sigmoid-Weighted Linear Units", 2017.
     """
-    norm_checks.group_norm_silu(x, groups, weight, bias, addend, residual, second)
+    network_checks.group_norm_silu(x, groups, weight, bias, addend, residual, second)
     layout = reference.memory_format(x, second)
     if residual is not None:
         residual = residual.contiguous(memory_format=layout)

