@@ -190,7 +190,7 @@ def test_a_sample_does_not_depend_on_its_batch():
         ({"classifier": lambda x, t: x, "rescale": 0.5}, "rescale: expected 0 without a scale"),
         ({"classifier": lambda x, t: x, "classifier_scale": None}, "classifier_scale: expected a finite number"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else value,
 )
 def test_bad_guidance_is_refused(arguments, message):
     with pytest.raises(InputError, match=message):

@@ -233,7 +233,7 @@ def test_the_loop_never_reads_from_the_device(method):
         ({"denoiser": lambda x, t: x[:1]}, r"denoiser: expected an output of shape \(5, 3, 4, 7\), got \(1, 3, 4, 7\)"),
         ({"denoiser": lambda x, t: (x,)}, "denoiser: expected an output of shape .* got tuple"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else value,
 )
 def test_bad_arguments_are_refused(arguments, message):
     given = {"denoiser": per_element, "table": table(), "shape": SHAPE, "seeds": SEEDS, **arguments}

@@ -69,9 +69,14 @@ SOLVERS = {
 }
 
 
+def label(config):
+    """Equal in every process, as a function's address is not."""
+    return ", ".join(key if callable(value) else f"{key}={value}" for key, value in config.items())
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
-    [pytest.param(name, config, id=f"{name}-{config}") for name in SOLVERS for config in SOLVERS[name]],
+    [pytest.param(name, config, id=f"{name}-{label(config)}") for name in SOLVERS for config in SOLVERS[name]],
 )
 def test_every_solver(name, config):
     for steps in (2, 7):
