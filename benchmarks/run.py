@@ -25,6 +25,7 @@ old ones, so a CSV can be made in parts with --filter.
 examples:
   fastdiff bench --quick
   fastdiff bench --filter sampler_step
+  fastdiff bench --filter network/,rewrite/    accelerated networks, and what each rewrite gains
   fastdiff bench --filter group_norm_silu --compare benchmarks/results/earlier.csv
   python -m benchmarks.table --readme       makes the README's table anew
   python -m benchmarks.plot FILE.csv        draws it
@@ -32,7 +33,9 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Measure the operators and the sampling loop against PyTorch and diffusers."
+    parser.description = (
+        "Measure the operators, accelerated networks and the sampling loop against PyTorch and diffusers."
+    )
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--filter", metavar="WORDS", help="only cases whose name contains one of these (a,b,...)")
