@@ -119,7 +119,7 @@ def test_blocks_never_overlap() -> None:
                 assert (old[0] == old[1]).all()
             held[slot] = torch.full((size,), turn % 251, dtype=torch.uint8), turn % 251
     assert all((value == number).all() for value, number in held.values())
-    held.clear()
+    del old, held
     assert arena.idle == arena.bytes < 40 * 5000 + 40 * 128
 
 
