@@ -34,7 +34,7 @@ CAPABILITIES = {
 # PyTorch rounds a product before it adds it, so that a step of ours cancels where a step in PyTorch does; its normals are
 # bit for bit only with the roundings that are written.
 ROUNDED = ["-ffp-contract=off"]
-ROUNDED_KERNELS = ("sampler_step", "add_noise", "torch_normal")
+ROUNDED_KERNELS = ("sampler_step", "add_noise", "torch_normal", "langevin_correct")
 if platform.machine() not in ("x86_64", "AMD64"):
     CAPABILITIES = {"DEFAULT": []}
 

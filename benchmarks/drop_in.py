@@ -96,7 +96,7 @@ def build(case: Case, device: torch.device) -> Work:
     ours = _step(getattr(drop_in, kind.scheduler), kind, states)
     draw = ops.torch_normal
 
-    def widened(shape: torch.Size, *, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    def widened(shape: torch.Size, *, generator: torch.Generator, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
         return draw(shape, generator=generator, dtype=states[0].dtype).to(dtype)
 
     # In float64, but with the noise that the others draw.

@@ -120,6 +120,14 @@ struct StepSizeArgs : PredictionArgs {
   float* scales;  // (samples, 3)
 };
 
+struct CorrectArgs {
+  int64_t samples, count;
+  Array x, score, noise;
+  double snr;
+  float* out;
+  int threads;
+};
+
 struct GegluArgs {
   int64_t rows, hidden;
   Array x, y;  // (rows, 2 * hidden) and (rows, hidden), of one type
@@ -166,6 +174,7 @@ namespace cpu {
   void guidance_weights(const WeightsArgs& args);     \
   void dynamic_threshold(const ThresholdArgs& args);  \
   void langevin_step_size(const StepSizeArgs& args);  \
+  void langevin_correct(const CorrectArgs& args);     \
   void geglu(const GegluArgs& args);                  \
   void layer_norm_modulate(const LayerNormArgs& args); \
   void upsample_conv(const UpsampleArgs& args);       \

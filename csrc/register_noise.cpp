@@ -1,5 +1,6 @@
 // Tensors in, raw pointers to the kernels, tensors out: noise. Arguments were checked in fastdiff/ops.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
 
 #include <mutex>
 
@@ -46,13 +47,25 @@ Tensor philox_normal(const Tensor& seeds, const std::vector<int64_t>& shape, int
   return out;
 }
 
+// x + e s + sqrt(2 e) z, float32, of tensors of one shape on the CPU.
+Tensor langevin_correct(const Tensor& x, const Tensor& score, const Tensor& noise, double snr) {
+  const Tensor state = x.contiguous(), s = score.contiguous(), z = noise.contiguous();
+  const Tensor out = at::detail::empty_cpu(x.sizes(), at::kFloat);
+  CorrectArgs args{x.size(0), x.numel() / x.size(0), array(state), array(s), array(z), snr};
+  args.out = out.mutable_data_ptr<float>();
+  args.threads = at::get_num_threads();
+  ON_CPU(langevin_correct, args);
+  return out;
+}
+
 // torch.randn(shape, generator, dtype), bit for bit, on a processor with AVX2; the generator moves on alike.
 Tensor torch_normal(const std::optional<at::Generator>& generator, const std::vector<int64_t>& shape,
                     at::ScalarType dtype) {
   const at::Generator chosen = generator ? *generator : at::detail::getDefaultCPUGenerator();
   auto* own = chosen.get<at::CPUGeneratorImpl>();
-  const Tensor out = at::empty(shape, at::TensorOptions().dtype(dtype));
-  const Tensor values = dtype == at::kFloat ? out : at::empty(shape, at::TensorOptions().dtype(at::kFloat));
+  // Without PyTorch's dispatcher, which takes longer than the memory does.
+  const Tensor out = at::detail::empty_cpu(shape, dtype);
+  const Tensor values = dtype == at::kFloat ? out : Tensor(at::detail::empty_cpu(shape, at::kFloat));
   const std::lock_guard<std::mutex> lock(own->mutex_);
   at::mt19937 engine = own->engine();
   at::mt19937_data_pod data = engine.data();
@@ -73,6 +86,7 @@ void register_noise(py::module_& m) {
   m.def("add_noise", &add_noise);
   m.def("philox_normal", &philox_normal);
   m.def("torch_normal", &torch_normal);
+  m.def("langevin_correct", &langevin_correct);
 }
 
 }  // namespace fastdiff

@@ -31,8 +31,9 @@ NO_CUDA = {
 }
 """Operators that run on Triton on a GPU and have no CUDA C++ kernel."""
 
-HOST_ONLY = {"torch_normal"}
-"""Compiled functions that are no operators: they stand in for a function of PyTorch on the CPU, bit for bit."""
+HOST_ONLY = {"torch_normal", "langevin_correct"}
+"""Compiled functions that are no operators: they stand in for functions of PyTorch on the CPU, and leave every other call
+to them."""
 
 LAYERS = (
     {"errors", "files", "__init__"},

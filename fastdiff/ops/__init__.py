@@ -16,6 +16,7 @@ from fastdiff.ops.calling import call as _call
 from fastdiff.ops.calling import explanation, plain_step
 from fastdiff.ops.convolution import fold_upsample, upsample_conv
 from fastdiff.ops.dispatch import REGISTERED, Report, report
+from fastdiff.ops.langevin import langevin_correct
 from fastdiff.ops.network import geglu, layer_norm_modulate
 from fastdiff.ops.prepass import dynamic_threshold, guidance_weights, langevin_step_size
 from fastdiff.ops.torch_noise import torch_normal
@@ -31,6 +32,7 @@ __all__ = [
     "geglu",
     "group_norm_silu",
     "guidance_weights",
+    "langevin_correct",
     "langevin_step_size",
     "layer_norm_modulate",
     "philox_normal",

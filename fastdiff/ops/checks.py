@@ -169,11 +169,14 @@ def _step_known(x: Tensor, known: Tensor | None, known_noise: Tensor | None, mas
         raise InputError(f"{name}: mask has shape {tuple(mask.shape)}; expected ({expected})")
     if mask.dtype != torch.float32:
         raise InputError(f"{name}: mask is {mask.dtype}; expected float32, 1 where the sample is made; convert it")
-    _same_device(name, x, mask=mask)
+    if mask.device != x.device:
+        _same_device(name, x, mask=mask)
 
 
 def _like_state(argument: str, value: Tensor, x: Tensor) -> None:
     """A floating tensor of x's shape and device."""
+    if value.dtype == x.dtype and value.shape == x.shape and value.device == x.device and x.dtype in _FLOATS:
+        return
     _floating("sampler_step", argument, value)
     if value.dtype == torch.float64 and x.dtype != torch.float64:
         raise InputError(f"sampler_step: {argument} is float64, x is {x.dtype}; convert one of them")

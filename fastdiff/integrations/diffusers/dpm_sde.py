@@ -6,9 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 from diffusers import DPMSolverSDEScheduler as Theirs
-from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler, DPMSolverSDESchedulerOutput
+from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDESchedulerOutput
 from torch import Tensor
 
+from fastdiff.integrations.brownian import BrownianTreeNoiseSampler
 from fastdiff.integrations.diffusers.scheduler import Run
 from fastdiff.integrations.diffusers.sigma_space import result_dtype
 from fastdiff.integrations.diffusers.tables import scaled
@@ -21,7 +22,7 @@ _APART = 1e-9
 
 
 class DPMSolverSDEScheduler(TwoCallScheduler, Theirs):
-    """Rows of `dpmpp_sde` in y = x / alpha, with noise from diffusers' own Brownian tree."""
+    """Rows of `dpmpp_sde` in y = x / alpha, with the noise of diffusers' Brownian tree."""
 
     unfinished = ("sample",)
     sample: Tensor | None

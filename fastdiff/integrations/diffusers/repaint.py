@@ -49,11 +49,8 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
             options = (original_image, mask, generator, return_dict)
             return super().step(model_output, timestep, sample, *options)  # type: ignore[misc]
         noise = draw(model_output, generator)
-        kept = {
-            "known": original_image.expand(sample.shape).contiguous(),
-            "known_noise": noise,
-            "mask": _made_anew(mask, sample),
-        }
+        known = original_image if original_image.shape == sample.shape else original_image.expand(sample.shape)
+        kept = {"known": known.contiguous(), "known_noise": noise, "mask": _made_anew(mask, sample)}
         x, data = self._take(found, sample, model_output, original_image, mask, noise=noise, **kept)
         return RePaintSchedulerOutput(prev_sample=x, pred_original_sample=data) if return_dict else (x, data)
 
@@ -91,18 +88,23 @@ class RePaintScheduler(ByTimestep, diffusers.RePaintScheduler):
 
 def _made_anew(mask: Tensor, sample: Tensor) -> Tensor:
     """1 - mask, as the operator wants it."""
+    anew = torch.rsub(mask if mask.dtype is torch.float32 else mask.float(), 1.0)
+    if mask.dim() == sample.dim() and mask.shape[2:] == sample.shape[2:] and anew.is_contiguous():
+        return anew
     shape = (1,) * (sample.dim() - mask.dim()) + tuple(mask.shape)
-    return (1.0 - mask.float()).reshape(shape).expand(*shape[:2], *sample.shape[2:]).contiguous()
+    return anew.reshape(shape).expand(*shape[:2], *sample.shape[2:]).contiguous()
 
 
 def _usable(sample: Tensor, image: Tensor, mask: Tensor) -> bool:
     """Whether the operator takes them; what has to be differentiated is left to diffusers."""
+    device, shape = sample.device, sample.shape
     for tensor in (image, mask):
-        if tensor.device != sample.device or not tensor.is_floating_point() or tensor.requires_grad:
+        if tensor.device != device or not tensor.is_floating_point() or tensor.requires_grad:
             return False
-        wanted = sample.shape[sample.dim() - tensor.dim() :]
-        if tensor.dim() > sample.dim() or any(
-            have not in (1, want) for have, want in zip(tensor.shape, wanted, strict=True)
-        ):
+        given = tensor.shape
+        if given == shape:
+            continue
+        wanted = shape[len(shape) - len(given) :]
+        if len(given) > len(shape) or any(have not in (1, want) for have, want in zip(given, wanted, strict=True)):
             return False
     return True

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff import schedules
+from fastdiff import ops, schedules
 from fastdiff.integrations.diffusers.scheduler import Run, Scheduler, draw
 from fastdiff.integrations.diffusers.sigma_space import MOST_SHRINK
 from fastdiff.integrations.diffusers.tables import table
@@ -75,10 +76,13 @@ class ScoreSdeVeScheduler(Scheduler, diffusers.ScoreSdeVeScheduler):
         """x + e s + sqrt(2 e) z, s the score and e = 2 (snr |z| / |s|)^2 with the norms' means over the batch."""
         self._check_timesteps()
         # Drawn on the CPU and moved, as diffusers does it.
-        noise = draw(torch.empty(sample.shape), generator).to(sample.device, non_blocking=True)
-        scales = _langevin_scales(model_output, noise, self.config.snr)
-        run = Run(_corrector(), start=0, levels=None, data=None)
-        x, _ = self._apply(run, 0, sample, model_output, noise=noise, scales=scales, dtype=_dtype(sample, model_output))
+        noise = _on_the_host(sample.shape, generator)
+        x = ops.langevin_correct(sample, model_output, noise, snr=self.config.snr)
+        if x is None:
+            noise = noise.to(sample.device, non_blocking=True)
+            scales = _langevin_scales(model_output, noise, self.config.snr)
+            run, dtype = Run(_corrector(), start=0, levels=None, data=None), _dtype(sample, model_output)
+            x, _ = self._apply(run, 0, sample, model_output, noise=noise, scales=scales, dtype=dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def _check_timesteps(self) -> None:
@@ -159,6 +163,12 @@ def _reverse_sde(sigmas: Array, **options: Any) -> StepTable:
 def _schedule() -> Schedule:
     """Any of the kind: the levels are the scheduler's own."""
     return schedules.ve()
+
+
+def _on_the_host(shape: torch.Size, generator: Any) -> Tensor:
+    if isinstance(generator, list):
+        return randn_tensor(shape, generator=generator)
+    return ops.torch_normal(shape, generator=generator, dtype=torch.get_default_dtype())
 
 
 def _langevin_scales(score: Tensor, noise: Tensor, snr: float) -> Tensor:
