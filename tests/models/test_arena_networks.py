@@ -5,45 +5,23 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
-import tiny_pipelines as tiny
 import torch
+from arena_kinds import DTYPES, KINDS, accelerated, results
 from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.models.arena import Arena, shared
 from fastdiff.models.rewrites import names
-
-TIMES = torch.tensor([900, 500, 100])
-Call = Callable[[nn.Module, torch.dtype, int], Any]
-
-
-KINDS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
-    "UNet2DModel": (tiny.pixel_unet, lambda m, d, s: m(tiny.random(2, 3, s, s).to(d), TIMES[1])),
-    "UNet2DConditionModel": (tiny.unet, lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), TIMES[1], m.text)),
-    "UNet2DConditionModel XL": (
-        tiny.unet_xl,
-        lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), TIMES[1], m.text, added_cond_kwargs=m.added),
-    ),
-    "encoder": (tiny.vae, lambda m, d, s: m.encode(tiny.random(2, 3, s, s).to(d)).latent_dist.parameters),
-    "decoder": (tiny.vae, lambda m, d, s: m.decode(tiny.random(2, 4, s, s).to(d))),
-    "ControlNetModel": (
-        tiny.controlnet,
-        lambda m, d, s: m(
-            tiny.random(2, 4, s, s).to(d), TIMES[1], m.text, tiny.random(2, 3, 2 * s, 2 * s).to(d), return_dict=False
-        ),
-    ),
-    "DiTTransformer2DModel": (
-        tiny.dit,
-        lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), timestep=TIMES[1:2].expand(2), class_labels=m.labels),
-    ),
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
@@ -53,33 +31,6 @@ def _alone() -> Iterator[None]:
     shared().clear()
     with torch.no_grad():
         yield
-
-
-def library(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    network = copy.deepcopy(KINDS[kind][0]()).to(dtype)
-    # The same objects in each call, as in a run.
-    vars(network).update(
-        text=tiny.random(2, 5, tiny.WIDTH).to(dtype),
-        added={"text_embeds": tiny.random(2, tiny.WIDTH).to(dtype), "time_ids": tiny.random(2, 6).to(dtype)},
-        labels=torch.tensor([3, 5]),
-    )
-    return network
-
-
-def accelerated(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    return fastdiff.accelerate(library(kind, dtype), strict=True, **options)
-
-
-def results(kind: str, network: nn.Module, dtype: torch.dtype = torch.float32, side: int = 16) -> list[Tensor]:
-    return list(_flat(KINDS[kind][1](network, dtype, side)))
-
-
-def _flat(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _flat(item)
 
 
 def in_use() -> int:
@@ -100,6 +51,27 @@ def test_the_steady_state_takes_nothing_from_the_system(kind: str, dtype: str) -
         before = shared().hits, shared().misses
         assert all(map(torch.equal, out, results(kind, plain, DTYPES[dtype])))
         assert (shared().hits, shared().misses) == before
+
+
+@pytest.fixture(scope="module")
+def page_faults() -> dict[str, dict[str, tuple[int, int]]]:
+    program = Path(__file__).parents[1] / "arena_faults.py"
+    settings = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, program], env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_steady_state_takes_no_pages(
+    kind: str, dtype: str, page_faults: dict[str, dict[str, tuple[int, int]]]
+) -> None:
+    """Counted by the system. What is new in each call are inputs, results and Python's own objects."""
+    inside, outside = page_faults[kind][dtype]
+    assert inside < outside / 4, f"{inside} page faults inside the arena, {outside} outside"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,10 +67,10 @@ def churn():
         with arena:
             torch.empty(100)
 
-threads = [threading.Thread(target=churn) for _ in range(3)]
+threads = [threading.Thread(target=churn) for _ in range(2)]
 for thread in threads:
     thread.start()
-for _ in range(40):
+for _ in range(12):
     child = os.fork()
     if child == 0:
         signal.alarm(20)
