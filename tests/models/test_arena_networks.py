@@ -5,45 +5,23 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
-import tiny_pipelines as tiny
 import torch
+from arena_kinds import DTYPES, KINDS, accelerated, results, warm
 from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.models.arena import Arena, shared
 from fastdiff.models.rewrites import names
-
-TIMES = torch.tensor([900, 500, 100])
-Call = Callable[[nn.Module, torch.dtype, int], Any]
-
-
-KINDS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
-    "UNet2DModel": (tiny.pixel_unet, lambda m, d, s: m(tiny.random(2, 3, s, s).to(d), TIMES[1])),
-    "UNet2DConditionModel": (tiny.unet, lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), TIMES[1], m.text)),
-    "UNet2DConditionModel XL": (
-        tiny.unet_xl,
-        lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), TIMES[1], m.text, added_cond_kwargs=m.added),
-    ),
-    "encoder": (tiny.vae, lambda m, d, s: m.encode(tiny.random(2, 3, s, s).to(d)).latent_dist.parameters),
-    "decoder": (tiny.vae, lambda m, d, s: m.decode(tiny.random(2, 4, s, s).to(d))),
-    "ControlNetModel": (
-        tiny.controlnet,
-        lambda m, d, s: m(
-            tiny.random(2, 4, s, s).to(d), TIMES[1], m.text, tiny.random(2, 3, 2 * s, 2 * s).to(d), return_dict=False
-        ),
-    ),
-    "DiTTransformer2DModel": (
-        tiny.dit,
-        lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), timestep=TIMES[1:2].expand(2), class_labels=m.labels),
-    ),
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
@@ -53,33 +31,6 @@ def _alone() -> Iterator[None]:
     shared().clear()
     with torch.no_grad():
         yield
-
-
-def library(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    network = copy.deepcopy(KINDS[kind][0]()).to(dtype)
-    # The same objects in each call, as in a run.
-    vars(network).update(
-        text=tiny.random(2, 5, tiny.WIDTH).to(dtype),
-        added={"text_embeds": tiny.random(2, tiny.WIDTH).to(dtype), "time_ids": tiny.random(2, 6).to(dtype)},
-        labels=torch.tensor([3, 5]),
-    )
-    return network
-
-
-def accelerated(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    return fastdiff.accelerate(library(kind, dtype), strict=True, **options)
-
-
-def results(kind: str, network: nn.Module, dtype: torch.dtype = torch.float32, side: int = 16) -> list[Tensor]:
-    return list(_flat(KINDS[kind][1](network, dtype, side)))
-
-
-def _flat(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _flat(item)
 
 
 def in_use() -> int:
@@ -100,6 +51,27 @@ def test_the_steady_state_takes_nothing_from_the_system(kind: str, dtype: str) -
         before = shared().hits, shared().misses
         assert all(map(torch.equal, out, results(kind, plain, DTYPES[dtype])))
         assert (shared().hits, shared().misses) == before
+
+
+@pytest.fixture(scope="module")
+def page_faults() -> dict[str, dict[str, tuple[int, int]]]:
+    program = Path(__file__).parents[1] / "arena_faults.py"
+    settings = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, program], env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_steady_state_takes_no_pages(
+    kind: str, dtype: str, page_faults: dict[str, dict[str, tuple[int, int]]]
+) -> None:
+    """Counted by the system. What is new in each call are inputs, results and Python's own objects."""
+    inside, outside = page_faults[kind][dtype]
+    assert inside < outside / 4, f"{inside} page faults inside the arena, {outside} outside"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,14 +160,15 @@ def test_the_memory_goes_when_calls_no_longer_need_it() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
 def test_copies_run_inside_too(copied: Callable[[nn.Module], nn.Module]) -> None:
-    network = accelerated("UNet2DConditionModel")
-    expected = results("UNet2DConditionModel", network)
+    network = warm("UNet2DConditionModel")
+    (expected,) = results("UNet2DConditionModel", network)
     other = copied(network)
     del network
     gc.collect()
-    for _ in range(2):
+    for _ in range(3):
         hits = shared().hits
-        assert torch.equal(results("UNet2DConditionModel", other)[0], expected[0])
+        (out,) = results("UNet2DConditionModel", other)
+    assert torch.equal(out, expected)
     assert shared().hits - hits > 15
 
 
@@ -213,12 +186,12 @@ class Failing(nn.Conv2d):
 
 
 def test_an_error_inside_leaves_the_arena() -> None:
-    network = accelerated("UNet2DModel")
+    network = warm("UNet2DModel")
     layer = network.mid_block.resnets[0].conv1
     failing = Failing(layer.in_channels, layer.out_channels, 3, padding=1)
     failing.load_state_dict(layer.state_dict())
     network.mid_block.resnets[0].conv1 = failing
-    expected = results("UNet2DModel", network)
+    expected = [results("UNet2DModel", network) for _ in range(3)][-1]
     failing.fails, failing.last = True, None
     with pytest.raises(ValueError, match="told to"):
         results("UNet2DModel", network)
@@ -231,7 +204,7 @@ def test_an_error_inside_leaves_the_arena() -> None:
 
 
 def test_a_layer_may_keep_what_it_gave() -> None:
-    network = accelerated("UNet2DModel")
+    network = warm("UNet2DModel")
     layer = network.mid_block.resnets[0].conv1
     keeping = Failing(layer.in_channels, layer.out_channels, 3, padding=1)
     network.mid_block.resnets[0].conv1 = keeping
@@ -244,7 +217,7 @@ def test_a_layer_may_keep_what_it_gave() -> None:
 
 @pytest.mark.parametrize("kind", ["UNet2DConditionModel", "decoder"])
 def test_threads_call_one_network(kind: str) -> None:
-    network, sides, failures = accelerated(kind), (8, 12, 16), []
+    network, sides, failures = warm(kind), (8, 12, 16), []
     expected = [results(kind, network, side=side)[0] for side in sides]
 
     def work(index: int) -> None:
@@ -262,7 +235,7 @@ def test_threads_call_one_network(kind: str) -> None:
 
 
 def test_inside_another_arena_results_are_its() -> None:
-    arena, network = Arena(), accelerated("UNet2DModel")
+    arena, network = Arena(), warm("UNet2DModel")
     with arena:
         (out,) = results("UNet2DModel", network)
         again = results("UNet2DModel", network)
@@ -273,7 +246,7 @@ def test_inside_another_arena_results_are_its() -> None:
 
 def test_inside_the_shared_arena_results_stay_there() -> None:
     """A network inside a network need not move what the outer one reads."""
-    network = accelerated("UNet2DModel")
+    network = warm("UNet2DModel")
     with shared():
         (out,) = results("UNet2DModel", network)
         assert in_use() >= out.nbytes
@@ -282,7 +255,7 @@ def test_inside_the_shared_arena_results_stay_there() -> None:
 
 
 def test_in_inference_mode() -> None:
-    network = accelerated("UNet2DConditionModel")
+    network = warm("UNet2DConditionModel")
     expected = results("UNet2DConditionModel", network)
     with torch.inference_mode():
         for call in range(3):
@@ -311,10 +284,12 @@ def test_networks_of_ours_run_inside_and_training_does_not() -> None:
 
 
 def test_a_saved_network_comes_back() -> None:
-    network, file = accelerated("UNet2DModel"), io.BytesIO()
+    network, file = warm("UNet2DModel"), io.BytesIO()
     expected = results("UNet2DModel", network)
     torch.save(network, file)
     file.seek(0)
     other = torch.load(file, weights_only=False)
-    assert torch.equal(results("UNet2DModel", other)[0], expected[0])
+    for _ in range(3):
+        (out,) = results("UNet2DModel", other)
+    assert torch.equal(out, expected[0])
     assert "_lease" not in "".join(network.state_dict())
