@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #ifdef FASTDIFF_CUDA
@@ -92,6 +93,7 @@ inline void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); 
 void register_steps(py::module_& m);
 void register_noise(py::module_& m);
 void register_network(py::module_& m);
+void register_convolution(py::module_& m);
 void register_arena(py::module_& m);
 
 }  // namespace fastdiff

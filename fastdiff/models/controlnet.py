@@ -144,7 +144,7 @@ class ControlNet(Trunk):
         self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {})
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        x, skips = self._descend(convolve(self.conv_in, sample, context.packs, addend=condition), context)
+        x, skips = self._descend(convolve(self.conv_in, sample, context.packs) + condition, context)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         maps = [apply(layer, total(each), context.packs) for layer, each in zip(layers, (*skips, x), strict=True)]
         maps = self._scaled(maps, conditioning_scale, guess_mode)
