@@ -28,6 +28,7 @@ inline Capability capability() {
 void register_steps(py::module_& m);
 void register_noise(py::module_& m);
 void register_network(py::module_& m);
+void register_convolution(py::module_& m);
 void register_arena(py::module_& m);
 void register_writes(py::module_& m);
 

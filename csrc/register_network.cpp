@@ -136,17 +136,15 @@ std::tuple<Tensor, Tensor> layer_norm_modulate(const Tensor& input, const Option
   return {y, sum};
 }
 
-// The convolution is PyTorch's; ours is to put its phases in place.
-Tensor upsample_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor x = dense(input);
-  const OptionalTensor each = bias ? OptionalTensor(bias->repeat({4})) : bias;
-  const Tensor phases = at::conv2d(x, weight, each, /*stride=*/1, /*padding=*/1);
-  const Tensor out = at::empty({x.size(0), weight.size(0) / 4, 2 * x.size(2), 2 * x.size(3)}, x.options(), layout_of(x));
+// phases (N, 4 C, H + 1, W + 1) -> (N, C, 2 H, 2 W).
+Tensor interleave_phases(const Tensor& phases, at::MemoryFormat layout) {
   UpsampleArgs args{};
-  args.samples = x.size(0);
-  args.channels = out.size(1);
-  args.height = x.size(2);
-  args.width = x.size(3);
+  args.samples = phases.size(0);
+  args.channels = phases.size(1) / 4;
+  args.height = phases.size(2) - 1;
+  args.width = phases.size(3) - 1;
+  const Tensor out =
+      at::empty({args.samples, args.channels, 2 * args.height, 2 * args.width}, phases.options(), layout);
   args.from = array(phases);
   args.to = array(out);
   for (int d = 0; d < 4; ++d) {
@@ -158,6 +156,17 @@ Tensor upsample_conv(const Tensor& input, const Tensor& weight, const OptionalTe
   return out;
 }
 
+// The convolution is PyTorch's; ours is to put its phases in place.
+Tensor upsample_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor x = dense(input);
+  const OptionalTensor each = bias ? OptionalTensor(bias->repeat({4})) : bias;
+  return interleave_phases(at::conv2d(x, weight, each, /*stride=*/1, /*padding=*/1), layout_of(x));
+}
+
+Tensor interleave_channels_last(const Tensor& phases) {
+  return interleave_phases(phases, at::MemoryFormat::ChannelsLast);
+}
+
 }  // namespace
 
 void register_network(py::module_& m) {
@@ -166,6 +175,7 @@ void register_network(py::module_& m) {
   m.def("geglu", &geglu);
   m.def("layer_norm_modulate", &layer_norm_modulate);
   m.def("upsample_conv", &upsample_conv);
+  m.def("interleave", &interleave_channels_last);
 }
 
 }  // namespace fastdiff

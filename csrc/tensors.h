@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #ifdef FASTDIFF_CUDA

@@ -17,7 +17,7 @@ from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.filters import filter_down, filter_up
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import Map, normed, settled, summed, total
-from fastdiff.models.prepacked import apply, convolve, takes
+from fastdiff.models.prepacked import apply, convolve, convolve_both, convolve_doubled, doubles, takes
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
 
@@ -127,6 +127,8 @@ class ResnetBlock(nn.Module):
         conv = self.conv_shortcut
         if conv is None or skip is None:
             return x if conv is None else apply(conv, x, context.packs)
+        if context.packs is not None and takes((conv,), x, context.packs, second=skip):
+            return convolve_both(conv, x, skip, context.packs)
         first, second = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
         if not x.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(x, first, conv.bias) + F.conv2d(skip, second)
@@ -182,6 +184,8 @@ def _convolve_doubled(
     twice = size is None or (size[0] == 2 * x.shape[2] and size[1] == 2 * x.shape[3])
     if not (twice and context.rewrites.upsample_conv and is_plain(conv) and settled(x, conv.weight)):
         return convolve(conv, _double(x, size), context.packs, bias=bias)
+    if context.packs is not None and doubles(conv, x, context.packs):
+        return convolve_doubled(conv, x, context.packs, bias=bias)
     weight = folded.get(None, [conv.weight], lambda: ops.fold_upsample(conv.weight))
     return ops.upsample_conv(x, weight, conv.bias if bias else None)
 

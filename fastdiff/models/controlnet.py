@@ -151,7 +151,7 @@ class ControlNet(Trunk):
         self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {}, sample.dtype)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        x, skips = self._descend(convolve(self.conv_in, sample, context.packs, addend=condition), context)
+        x, skips = self._descend(convolve(self.conv_in, sample, context.packs) + condition, context)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         stored = (total(each) for each in (*skips, x) if each is not None)
         maps = [apply(layer, each, context.packs) for layer, each in zip(layers, stored, strict=True)]

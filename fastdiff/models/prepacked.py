@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites
+from fastdiff.ops import fold_upsample, native
 
-__all__ = ["Packs", "apply", "convolve", "products", "takes"]
+__all__ = ["Packs", "apply", "convolve", "convolve_both", "convolve_doubled", "doubles", "products", "takes"]
 
 _MOST_SHAPES = 64
+_PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
+"""Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""
 
 
 class Packs(Cache):
@@ -44,10 +47,8 @@ class Packs(Cache):
 
 
 class Packed:
-    """A weight in the layout that oneDNN chooses for it, which depends on the shape of what it is multiplied with.
-
-    There is one copy: where a new shape asks for another layout, that one takes its place.
-    """
+    """A weight as it is read: ours for float32, otherwise in the layout that oneDNN chooses for the shape of what it is
+    multiplied with. There is one copy: where a new shape asks for another layout, that one takes its place."""
 
     def __init__(self) -> None:
         self._state: tuple[Tensor | None, frozenset[Any]] = (None, frozenset())
@@ -67,12 +68,14 @@ class Packed:
     @property
     def nbytes(self) -> int:
         packed = self._state[0]
-        return 0 if packed is None else int(torch.ops.mkldnn._nbytes(packed))
+        if packed is None:
+            return 0
+        return int(torch.ops.mkldnn._nbytes(packed)) if packed.is_mkldnn else packed.nbytes
 
 
-def takes(leaves: Sequence[nn.Module], x: Tensor, packs: Packs | None) -> bool:
-    """Whether x is multiplied with weights of these layers that were laid out for it."""
-    return packs is not None and _takes(leaves, x)
+def takes(leaves: Sequence[nn.Module], x: Tensor, packs: Packs | None, *, second: Tensor | None = None) -> bool:
+    """Whether x, with `second` for the last channels, is multiplied with weights of these layers laid out for it."""
+    return packs is not None and (second is None or _fits(second)) and _takes(leaves, x, second)
 
 
 def convolve(
@@ -80,13 +83,25 @@ def convolve(
 ) -> Tensor:
     """conv(x) + addend, or without the layer's bias; addend has the shape of the result and is added in float32."""
     if packs is None or not _takes((conv,), x):
-        y = conv(x) if bias else F.conv2d(x, conv.weight, None, *_geometry(conv))  # type: ignore[arg-type]
+        y = conv(x) if bias else F.conv2d(x, conv.weight, None, *_geometry(conv)[1:])
         return y if addend is None else addend + y
     weight, own_bias = conv.weight, conv.bias if bias else None
-    return convolve_with(weight, own_bias, lambda: weight, x, _geometry(conv), packs, addend=addend)  # type: ignore
+    return _convolve(weight, own_bias, lambda: weight, x, _geometry(conv), packs, addend=addend)  # type: ignore
 
 
-def convolve_with(
+def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
+    """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
+    own_bias = conv.bias.repeat(4) if bias and conv.bias is not None else None
+    phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs)
+    doubled: Tensor = _extension().interleave(phases)  # type: ignore[union-attr]
+    return doubled
+
+
+def doubles(conv: nn.Conv2d, x: Tensor, packs: Packs | None) -> bool:
+    return _extension() is not None and takes((conv,), x, packs)
+
+
+def _convolve(
     weight: Tensor,
     bias: Tensor | None,
     make: Callable[[], Tensor],
@@ -95,11 +110,18 @@ def convolve_with(
     packs: Packs,
     *,
     addend: Tensor | None = None,
+    part: int = 0,
 ) -> Tensor:
-    """The convolution of x with what `make` makes of `weight`; geometry: stride, padding, dilation, groups."""
-    stride, padding, dilation, groups = geometry
+    """The convolution of x with what `make` makes of `weight`; geometry: taps, stride, padding, dilation, groups."""
+    taps, stride, padding, dilation, groups = geometry
+    held: Packed = packs.get((geometry, part), (weight,), Packed)
+    extension = _extension()
+    if x.dtype == torch.float32 and extension is not None:
+        packed = held.at(None, lambda: extension.pack_weight(make().detach()))
+        outputs = len(weight) * (4 if geometry is _PHASES else 1)
+        y: Tensor = extension.convolve(x, packed, bias, addend, outputs, taps, stride, padding)
+        return y
     shape = tuple(x.shape)
-    held: Packed = packs.get(("conv", geometry), (weight,), Packed)
     packed = held.at(
         shape,
         lambda: torch.ops.mkldnn._reorder_convolution_weight(
@@ -110,6 +132,13 @@ def convolve_with(
     if addend is None:
         return run(x, packed, bias, padding, stride, dilation, groups, "none", [], "")
     return run.binary(x, addend, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
+
+
+def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
+    """conv of x and `second` as if concatenated along the channels: the sum of a product each."""
+    weight, geometry, channels = cast(Tensor, conv.weight), _geometry(conv), x.shape[1]
+    y = _convolve(weight, conv.bias, lambda: weight[:, :channels], x, geometry, packs, part=1)  # type: ignore[arg-type]
+    return _convolve(weight, None, lambda: weight[:, channels:], second, geometry, packs, part=2, addend=y)
 
 
 def apply(leaf: nn.Module, x: Tensor, packs: Packs | None) -> Tensor:
@@ -129,8 +158,13 @@ def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs) -> Tensor:
     bias: Any = biases[0] if len(leaves) == 1 else None
     if bias is None and biases[0] is not None:
         bias = packs.get("bias", biases, lambda: torch.cat(biases))  # type: ignore[arg-type]
-    rows = x.numel() // x.shape[-1]
     held: Packed = packs.get("linear", weights, Packed)  # type: ignore[arg-type]
+    extension = _extension()
+    if x.dtype == torch.float32 and extension is not None:
+        packed = held.at(None, lambda: extension.pack_weight(_joined(weights)))  # type: ignore[arg-type]
+        y: Tensor = extension.multiply(x, packed, bias, sum(map(len, weights)))  # type: ignore[arg-type]
+        return y
+    rows = x.numel() // x.shape[-1]
     packed = held.at(rows, lambda: torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))  # type: ignore
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
@@ -141,7 +175,13 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _geometry(conv: nn.Module) -> tuple[Any, ...]:
-    return conv.stride, conv.padding, conv.dilation, conv.groups
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _extension() -> Any:
+    """The compiled extension, or None."""
+    found = native.extension()
+    return None if isinstance(found, str) else found
 
 
 @cache
@@ -157,12 +197,19 @@ def _dtypes() -> frozenset[torch.dtype]:
     return frozenset(found)
 
 
-def _takes(leaves: Sequence[nn.Module], x: Tensor) -> bool:
-    if x.dtype not in _dtypes() or type(x) is not Tensor or x.numel() == 0 or not torch.backends.mkldnn.enabled:
+def _fits(x: Tensor) -> bool:
+    if type(x) is not Tensor or x.dtype not in _dtypes() or x.numel() == 0 or not torch.backends.mkldnn.enabled:
         return False
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    return x.dim() == 3 or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _takes(leaves: Sequence[nn.Module], x: Tensor, second: Tensor | None = None) -> bool:
+    if not _fits(x):
+        return False
+    channels = (x.shape[1] + (0 if second is None else second.shape[1])) if x.dim() == 4 else x.shape[-1]
     graded = torch.is_grad_enabled()
-    if graded and x.requires_grad:
-        return False
     for leaf in leaves:
         if not is_plain(leaf):
             return False
@@ -172,8 +219,9 @@ def _takes(leaves: Sequence[nn.Module], x: Tensor) -> bool:
                 return False
             if graded and own.requires_grad:
                 return False
-        strange = isinstance(getattr(leaf, "padding", 0), str)
-        if strange or (x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)):
+        if type(leaf) is nn.Conv2d and (leaf.groups != 1 or leaf.dilation != (1, 1) or isinstance(leaf.padding, str)):
+            return False
+        if weight.shape[1] != channels or (x.dim() == 4) > (weight.dim() == 4):
             return False
     return True
 
