@@ -71,12 +71,12 @@ NETWORKS = {
     "small_unet": Network(
         "UNet2DConditionModel",
         {
-            "block_out_channels": (64, 128, 256),
+            "block_out_channels": (64, 128, 128),
             "layers_per_block": 1,
             "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             "norm_num_groups": 8,
-            "attention_head_dim": (2, 4, 8),
+            "attention_head_dim": (2, 4, 4),
             "cross_attention_dim": 256,
         },
         text=256,
