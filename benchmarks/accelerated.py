@@ -35,10 +35,11 @@ class Network:
     stepped: bool = False
 
 
-def _autoencoder(width: int, groups: int) -> Network:
+def _autoencoder(width: int, *, layers: int, groups: int) -> Network:
     sizes = (width, 2 * width, 4 * width, 4 * width)
     stages = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    return Network("AutoencoderKL", {"block_out_channels": sizes, "norm_num_groups": groups, **stages})
+    shape = {"block_out_channels": sizes, "layers_per_block": layers, "norm_num_groups": groups}
+    return Network("AutoencoderKL", {**shape, **stages})
 
 
 _TINY = {
@@ -66,20 +67,21 @@ NETWORKS = {
         },
     ),
     "sd15": Network("UNet2DConditionModel", {"cross_attention_dim": 768}, text=768),
-    "decoder": _autoencoder(128, 32),
+    "decoder": _autoencoder(128, layers=2, groups=32),
     "small_unet": Network(
         "UNet2DConditionModel",
         {
-            "block_out_channels": (64, 128, 256),
+            "block_out_channels": (64, 128, 128),
+            "layers_per_block": 1,
             "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             "norm_num_groups": 8,
-            "attention_head_dim": (2, 4, 8),
+            "attention_head_dim": (2, 4, 4),
             "cross_attention_dim": 256,
         },
         text=256,
     ),
-    "small_decoder": _autoencoder(32, 8),
+    "small_decoder": _autoencoder(32, layers=1, groups=8),
     "small_dit": Network(
         "DiTTransformer2DModel",
         {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 6, "sample_size": 16},
