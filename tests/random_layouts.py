@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,17 @@ class Drawn:
     arguments: Config
     seed: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64, but where the library's code runs in float32 alone."""
+        late = self.kind is not UNet2DConditionModel and self.config.get("class_embed_type") == "timestep"
+        return torch.float32 if late else torch.float64
+
     def network(self) -> Any:
-        """The network in float64, every parameter random."""
+        """The network in that dtype, every parameter random."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            made = self.kind(**self.config).eval().requires_grad_(False).double()
+            made = self.kind(**self.config).eval().requires_grad_(False).to(self.dtype)
             for name, parameter in made.named_parameters():
                 if parameter.dim() <= 1:
                     parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
@@ -61,7 +67,7 @@ class Dice(random.Random):
         return (torch.rand(shape, generator=generator) < 0.7).to(self.one(torch.int64, torch.bool, torch.float64))
 
     def sides(self) -> tuple[int, int]:
-        return self.randint(3, 11), self.randint(3, 11)
+        return self.randint(5, 11), self.randint(5, 11)
 
     def memory(self, sample: Tensor) -> Tensor:
         """The same values, laid out in one of the ways in which callers lay them out."""
@@ -93,7 +99,31 @@ def draw(seed: int) -> Drawn:
     """The layout of that number."""
     dice = Dice(seed)
     make = dice.choices([make for make, _ in FAMILIES], [weight for _, weight in FAMILIES])[0]
-    return make(dice, seed)
+    drawn = make(dice, seed)
+    residuals = _residuals(dice, drawn) if drawn.kind is UNet2DConditionModel and dice.chance(0.4) else {}
+    arguments = {**drawn.arguments, **residuals, "return_dict": dice.chance(0.5)}
+    return replace(drawn, arguments=cast(arguments, drawn.dtype))
+
+
+def cast(arguments: Any, dtype: torch.dtype) -> Any:
+    """The arguments with all that has a fraction in that dtype, but for the time."""
+    if isinstance(arguments, dict):
+        return {name: value if name == "timestep" else cast(value, dtype) for name, value in arguments.items()}
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(cast(value, dtype) for value in arguments)
+    return arguments.to(dtype) if isinstance(arguments, Tensor) and arguments.is_floating_point() else arguments
+
+
+def again(drawn: Drawn) -> list[Config]:
+    """Other arguments for the same network: another time, another picture and text, and the first ones once more."""
+    dice, first = Dice(drawn.seed), drawn.arguments
+    whole = drawn.config.get("time_embedding_type") == "learned"
+    later = {**first, "timestep": dice.time(len(first["sample"]), whole=whole)}
+    other = {**later, "sample": dice.normal(*first["sample"].shape)}
+    text = first.get("encoder_hidden_states")
+    if text is not None:
+        other["encoder_hidden_states"] = dice.normal(*text.shape)
+    return [cast(call, drawn.dtype) for call in (later, other, first)]
 
 
 def _shared(dice: Dice, stages: int) -> Config:
@@ -114,10 +144,10 @@ def _shared(dice: Dice, stages: int) -> Config:
     }
 
 
-def _even(dice: Dice, stages: int) -> tuple[int, int]:
-    """Sides that can be halved as often as the network does."""
+def _even(dice: Dice, stages: int, least: int = 1) -> tuple[int, int]:
+    """Sides that can be halved as often as the network does, to no less than that."""
     step = 2 ** (stages - 1)
-    return step * dice.randint(1, 3), step * dice.randint(1, 3)
+    return step * dice.randint(least, 3), step * dice.randint(least, 3)
 
 
 def _plain(dice: Dice, seed: int) -> Drawn:
@@ -138,7 +168,7 @@ def _plain(dice: Dice, seed: int) -> Drawn:
         "mid_block_type": dice.one("UNetMidBlock2D", "UNetMidBlock2D", None),
         "downsample_type": dice.one("conv", "resnet"),
         "upsample_type": dice.one("conv", "resnet"),
-        "attention_head_dim": dice.one(1, 2, 3, 4, None),
+        "attention_head_dim": dice.one(1, 2, None),
         "add_attention": dice.chance(0.8),
         "attn_norm_num_groups": dice.one(None, None, 1),
         "center_input_sample": dice.chance(0.3),
@@ -201,7 +231,6 @@ def _crossed(dice: Dice, seed: int) -> Drawn:
         "use_linear_projection": dice.chance(0.5),
         "upcast_attention": dice.chance(0.3),
         "attention_type": dice.one("default", "default", "default", "gated", "gated-text-image"),
-        "dual_cross_attention": dice.chance(0.05),
     }
     if dice.chance(0.2):
         config["reverse_transformer_layers_per_block"] = [dice.randint(1, 3) for _ in range(stages)]
@@ -228,14 +257,24 @@ def _simple(dice: Dice, seed: int) -> Drawn:
     }
     if config["cross_attention_norm"] == "group_norm":
         config["cross_attention_dim"] = 32
-    return _conditional_call(dice, seed, config, _even(dice, stages))
+    elif config["cross_attention_norm"] == "layer_norm":
+        # The library gives this norm the channels of the map.
+        config |= {"norm_num_groups": dice.one(1, 2, 3, 4), "block_out_channels": [TEXT] * stages}
+    drawn = _conditional_call(dice, seed, config, _even(dice, stages))
+    if config["mid_block_only_cross_attention"] or config["only_cross_attention"] is not False:
+        # The library makes the mask as long as text and pixels.
+        drawn.arguments.pop("encoder_attention_mask", None)
+    return drawn
 
 
 def _k_blocks(dice: Dice, seed: int) -> Drawn:
     """The latent upscaler: norms that are scaled and shifted by the time before each convolution."""
     stages = dice.randint(2, 3)
-    channels = sorted(32 * dice.randint(1, 2) for _ in range(stages))
-    crossed = dice.randint(1, stages)
+    channels = [32 * dice.randint(1, 2) for _ in range(stages)]
+    crossed = dice.randint(0, stages)
+    if crossed:
+        # The library knows the lowest stage, which has no stored map, by these sizes.
+        channels[-2] = channels[-1]
     config = {
         **_shared(dice, stages),
         **_conditional(dice, stages),
@@ -246,9 +285,9 @@ def _k_blocks(dice: Dice, seed: int) -> Drawn:
         "mid_block_type": None,
         "layers_per_block": dice.randint(2, 3),
         "attention_head_dim": dice.one(8, 16),
-        "time_embedding_dim": dice.one(channels[-1], None),
+        "time_embedding_dim": channels[-1],
     }
-    return _conditional_call(dice, seed, config, _even(dice, stages))
+    return _conditional_call(dice, seed, config, _even(dice, stages, 2))
 
 
 def _conditional(dice: Dice, stages: int) -> Config:
@@ -276,17 +315,20 @@ def _conditional_call(dice: Dice, seed: int, config: Config, sides: tuple[int, i
     )
     call = {"sample": dice.memory(dice.normal(samples, config["in_channels"], *sides))}
     call["timestep"] = dice.time(samples, whole=False)
-    call["encoder_hidden_states"] = dice.normal(samples, dice.randint(1, 7), config["cross_attention_dim"])
-    _add_text(dice, config, call, samples)
+    call["encoder_hidden_states"] = dice.normal(samples, dice.randint(2, 7), config["cross_attention_dim"])
     _add_classes(dice, config, call, samples, width)
+    if "KCrossAttnDownBlock2D" in config["down_block_types"]:
+        config.pop("class_embeddings_concat", None)
+    _add_text(dice, config, call, samples)
     _add_extras(dice, config, call, samples)
     if dice.chance(0.25):
         config["time_cond_proj_dim"] = 5
         if dice.chance(0.8):
             call["timestep_cond"] = dice.normal(samples, 5)
-    if dice.chance(0.3) and call["encoder_hidden_states"] is not None:
+    if dice.chance(0.3) and "encoder_hid_dim_type" not in config:
         text = call["encoder_hidden_states"].shape[1]
-        shape = (samples, text) if dice.chance(0.7) else (samples, 1, text)
+        simple = any("Simple" in str(kind) for kind in (config["mid_block_type"], *config["down_block_types"]))
+        shape = (samples, text) if simple or dice.chance(0.7) else (samples, 1, text)
         call["encoder_attention_mask"] = dice.mask(*shape)
     if dice.chance(0.3):
         call["cross_attention_kwargs"] = dice.one({}, {"scale": 1.0}, {"scale": 0.5}, {"scale": 0})
@@ -297,16 +339,16 @@ def _conditional_call(dice: Dice, seed: int, config: Config, sides: tuple[int, i
 
 def _add_text(dice: Dice, config: Config, call: Config, samples: int) -> None:
     """The projection of what stands for the text."""
-    wide = isinstance(config["cross_attention_dim"], int)
-    if not wide or dice.chance(0.6):
+    if dice.chance(0.6):
         return
     kind = config["encoder_hid_dim_type"] = dice.one("text_proj", "text_image_proj", "image_proj")
     config["encoder_hid_dim"] = 8
     if kind == "image_proj":
         call["added_cond_kwargs"] = {"image_embeds": dice.normal(samples, 8)}
-        call["encoder_hidden_states"] = dice.one(None, call["encoder_hidden_states"])
+        if dice.chance(0.5):
+            call["encoder_hidden_states"] = None
         return
-    call["encoder_hidden_states"] = dice.normal(samples, dice.randint(1, 5), 8)
+    call["encoder_hidden_states"] = dice.normal(samples, dice.randint(2, 5), 8)
     if kind == "text_image_proj":
         call["added_cond_kwargs"] = {"image_embeds": dice.normal(samples, config["cross_attention_dim"])}
 
@@ -326,17 +368,23 @@ def _add_classes(dice: Dice, config: Config, call: Config, samples: int, width: 
     elif kind == "identity":
         call["class_labels"] = dice.normal(samples, width)
     else:
-        config["projection_class_embeddings_input_dim"] = 18
-        call["class_labels"] = dice.normal(samples, 18)
+        config["projection_class_embeddings_input_dim"] = 30
+        call["class_labels"] = dice.normal(samples, 30)
 
 
 def _add_extras(dice: Dice, config: Config, call: Config, samples: int) -> None:
     """What is added to the embedding of the time."""
     kind = dice.one(None, None, None, "text_time", "text", "text_image", "image", "image_hint")
+    tokens = config.get("encoder_hid_dim_type")
+    if config.get("class_embeddings_concat"):
+        return
+    # What one part of the network takes for a text or a picture has to go with what another does.
+    if (kind == "text" and tokens == "image_proj") or (kind == "text_image" and tokens is not None):
+        return
     added = call.setdefault("added_cond_kwargs", {})
     if kind == "text_time":
-        config["addition_time_embed_dim"] = 2
-        config.setdefault("projection_class_embeddings_input_dim", 18)
+        config["addition_time_embed_dim"] = 4
+        config.setdefault("projection_class_embeddings_input_dim", 30)
         added |= {"text_embeds": dice.normal(samples, 6), "time_ids": dice.normal(samples, 6, scale=100)}
     elif kind == "text":
         config["addition_embed_type_num_heads"] = dice.one(1, 2, 4)
@@ -408,8 +456,8 @@ def _controlnet(dice: Dice, seed: int) -> Drawn:
     config.pop("class_embeddings_concat", None)
     extra = dice.one(None, None, "text_time", "text")
     if extra == "text_time":
-        config["addition_time_embed_dim"] = 2
-        config.setdefault("projection_class_embeddings_input_dim", 18)
+        config["addition_time_embed_dim"] = 4
+        config.setdefault("projection_class_embeddings_input_dim", 30)
         call["added_cond_kwargs"] = {"text_embeds": dice.normal(samples, 6), "time_ids": dice.normal(samples, 6)}
     config |= {"addition_embed_type": extra, "addition_embed_type_num_heads": 2}
     if extra == "text":
@@ -417,6 +465,34 @@ def _controlnet(dice: Dice, seed: int) -> Drawn:
     if dice.chance(0.3):
         call["cross_attention_kwargs"] = dice.one({}, {"scale": 1.0}, {"scale": 0.5})
     return Drawn(ControlNetModel, config, call, seed)
+
+
+def _residuals(dice: Dice, drawn: Drawn) -> Config:
+    """What a ControlNet or a T2I-Adapter adds, in the shapes that the network's maps have."""
+    network, stored, ends, middle = drawn.network(), [], [], []
+    network.conv_in.register_forward_hook(lambda _, given, out: stored.append(out))
+    for block in network.down_blocks:
+        layers = len(block.resnets)
+        crossed = getattr(block, "has_cross_attention", False)
+        block.register_forward_hook(lambda _, given, out: stored.extend(out[1]))
+        block.register_forward_hook(
+            lambda _, given, out, crossed=crossed, layers=layers: ends.append(out[1][layers - 1] if crossed else out[0])
+        )
+    if network.mid_block is not None:
+        network.mid_block.register_forward_hook(lambda _, given, out: middle.append(out))
+    with torch.no_grad():
+        network(**drawn.arguments)
+    lowest = middle[0] if middle else ends[-1]
+    kind, found = dice.one("controlnet", "adapter", "both"), {}
+    if any(each is None for each in (*stored, *ends)):
+        return {}
+    if kind != "adapter":
+        found["down_block_additional_residuals"] = tuple(dice.normal(*each.shape) for each in stored)
+        found["mid_block_additional_residual"] = dice.normal(*lowest.shape)
+    if kind != "controlnet" and "SimpleCrossAttnDownBlock2D" not in drawn.config["down_block_types"]:
+        within = [dice.normal(*each.shape) for each in (*ends, *middle)]
+        found["down_intrablock_additional_residuals"] = within[: dice.randint(1, len(within))]
+    return found
 
 
 FAMILIES = ((_plain, 3), (_skips, 1), (_crossed, 5), (_simple, 3), (_k_blocks, 1), (_controlnet, 3))

@@ -132,7 +132,7 @@ def edit_header(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"network": {**CONFIG, "act_fn": "mish"}}, "act_fn='mish'"),
+        ({"network": {**CONFIG, "act_fn": "selu"}}, "act_fn='selu'"),
         ({"network": {**CONFIG, "block_out_channels": 7}}, "description does not fit"),
         ({"network": None}, "description does not fit"),
         ({"network": {**CONFIG, "block_out_channels": [8, 24]}}, "has shape .*, expected"),

@@ -108,11 +108,16 @@ def test_it_compiles_without_a_graph_break():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"act_fn": "mish"}, "act_fn='mish'"),
-        ({"down_block_types": ["SkipDownBlock2D"] * 4}, "down_block_types='SkipDownBlock2D'"),
+        ({"act_fn": "selu"}, "act_fn='selu'"),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 4}, "down_block_types='DownEncoderBlock2D'"),
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift='spatial'"),
         ({"dual_cross_attention": True, "cross_attention_dim": 8}, "dual_cross_attention=True"),
-        ({"cross_attention_dim": 8, "addition_embed_type": "image"}, "addition_embed_type='image'"),
+        (
+            {"cross_attention_dim": 8, "addition_embed_type": "image"},
+            "addition_embed_type='image' needs encoder_hid_dim",
+        ),
+        ({"cross_attention_dim": 8, "addition_embed_type": "sound"}, "addition_embed_type='sound'"),
+        ({"downsample_padding": -1}, "downsample_padding=-1"),
         ({"cross_attention_dim": 8, "addition_embed_type": "text_time"}, "addition_time_embed_dim"),
         ({"time_embedding_type": "learned"}, "num_train_timesteps"),
         ({"norm_num_group": 8}, "norm_num_group=8.*did you mean 'norm_num_groups'"),

@@ -1,0 +1,98 @@
+"""Accelerated networks of diffusers against the originals, on layouts and calls drawn from all that there are."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+from random_layouts import Dice, Drawn, again, cast, draw
+from tolerance import relative_error
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff.models.config import _SUPPORTED_OF
+from fastdiff.models.rewrites import names
+
+REFUSED: frozenset[int] = frozenset()
+"""Numbers whose layouts the library itself refuses, or runs in float32 alone."""
+SEEDS = [seed for seed in range(190) if seed not in REFUSED]
+
+
+def outputs(network: nn.Module, arguments: dict[str, Any]) -> list[Tensor]:
+    # The library takes the residuals within the blocks out of the list that it is given.
+    given = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    with torch.no_grad():
+        return _tensors(network(**given))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def rewrites(drawn: Drawn) -> list[str] | None:
+    """All of them, or some."""
+    dice = Dice(drawn.seed)
+    return None if dice.chance(0.5) else [name for name in names() if dice.chance(0.6)]
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("the library's own code ran")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_accelerated_network_gives_what_the_original_gives(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = draw(seed)
+    calls = [drawn.arguments, *again(drawn)]
+    original = drawn.network()
+    expected = [outputs(original, call) for call in calls]
+    network = fastdiff.accelerate(copy.deepcopy(original), rewrites=rewrites(drawn), strict=True)
+    monkeypatch.setattr(drawn.kind, "forward", refuse)
+    for call, truth in zip(calls, expected, strict=True):
+        actual = outputs(network, call)
+        assert [each.shape for each in actual] == [each.shape for each in truth]
+        assert max(map(relative_error, actual, truth)) < (1e-10 if drawn.dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_error_is_that_of_the_dtype(dtype: torch.dtype) -> None:
+    ours, theirs = [], []
+    drawn_ones = [draw(seed) for seed in SEEDS[:: 9 if dtype == torch.float32 else 12]]
+    for drawn in drawn_ones:
+        if drawn.dtype != torch.float64:
+            continue
+        truth = outputs(drawn.network(), drawn.arguments)
+        original = drawn.network().to(dtype)
+        arguments = cast(drawn.arguments, dtype)
+        for found, network in ((theirs, original), (ours, fastdiff.accelerate(copy.deepcopy(original), strict=True))):
+            actual = outputs(network, arguments)
+            assert all(each.dtype == dtype for each in actual)
+            found += map(relative_error, actual, truth)
+    assert _mean_square(ours) <= 2 * _mean_square(theirs) + torch.finfo(dtype).eps
+
+
+def test_the_draws_have_every_block_and_embedding() -> None:
+    drawn = [draw(seed) for seed in SEEDS]
+    for kind in (UNet2DModel, UNet2DConditionModel):
+        configs = [each.config for each in drawn if each.kind is kind]
+        for key, values in _SUPPORTED_OF[kind.__name__].items():
+            found = {value for config in configs for value in _listed(config.get(key))}
+            assert found >= set(values) - _NEVER_RUN, key
+    assert sum(each.kind is ControlNetModel for each in drawn) > 20
+
+
+_NEVER_RUN = frozenset({"KDownBlock2D", "KUpBlock2D"})
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _mean_square(errors: list[float]) -> float:
+    return math.sqrt(sum(error**2 for error in errors) / len(errors))
