@@ -174,9 +174,9 @@ def test_image_prompts_are_left() -> None:
             processors[name] = IPAdapterAttnProcessor2_0(width, 14, num_tokens=(2,))
     network.set_attn_processor(processors)
     given = {"added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 8)]}}
-    with pytest.raises(InputError, match="encoder_hid_proj|IPAdapter"):
+    with pytest.raises(InputError, match=r"encoder_hid_proj|IPAdapter"):
         fastdiff.accelerate(network, strict=True)
-    with pytest.warns(UserWarning, match="encoder_hid_proj|IPAdapter"):
+    with pytest.warns(UserWarning, match=r"encoder_hid_proj|IPAdapter"):
         actual = network(X, T, TEXT, **given).sample
     assert torch.equal(actual, type(network).forward(network, X, T, TEXT, **given).sample)
     network.encoder_hid_proj = network.config.encoder_hid_dim_type = None
