@@ -55,7 +55,9 @@ class Writes {
 
  private:
   static c10::intrusive_ptr<c10::StorageImpl> storage(const TensorBase& tensor) {
-    return c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(tensor.storage().unsafeGetStorageImpl());
+    // Asked for in the other way, tensors of classes that wrap others refuse.
+    const auto& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
+    return c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage.unsafeGetStorageImpl());
   }
 
   // Counts what was written since, and lets go of aliases that nobody holds any more.

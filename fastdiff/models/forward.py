@@ -41,6 +41,11 @@ class Forward:
         owner = self.owner
         return types.MethodType(type(owner).forward, owner)
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """The original's, which `torch.export` looks for."""
+        return inspect.unwrap(self.original).__code__  # type: ignore[no-any-return, attr-defined]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What is compiled or traced is the module's own code, in which no state of ours is looked up.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
