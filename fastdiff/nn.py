@@ -1,18 +1,21 @@
 """The fused layers as modules, for any network. Their parameters are named as diffusers names them.
 
 Each can be made from the modules that it stands in for, and then shares their parameters: what is loaded into the one
-is loaded into the other. The operators have no gradient: train inside `fastdiff.use_backend("reference")`.
+is loaded into the other. Input, parameters and result have one dtype: float32, float16 or bfloat16; a norm's parameters
+may be float32 with any input. Where a gradient is recorded the operator's reference runs, which is plain PyTorch and
+differentiable, unless `fastdiff.use_backend` demands another.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff import ops
+from fastdiff import config, ops
 from fastdiff.errors import InputError
 from fastdiff.ops.checks import MAX_HEAD_DIM
 
@@ -23,19 +26,30 @@ class GroupNormSiLU(nn.Module):
     """silu(group_norm(x + addend[n, c] + residual)), or without the silu: `fastdiff.ops.group_norm_silu`.
 
     x: (N, C, *spatial), contiguous or channels-last, which the result keeps. Parameters: weight, bias (C,), as in
-    torch.nn.GroupNorm.
+    torch.nn.GroupNorm; None without affine.
     """
 
     weight: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, groups: int, channels: int, *, eps: float = 1e-5, silu: bool = True) -> None:
+    def __init__(
+        self,
+        groups: int,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        silu: bool = True,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if groups < 1 or channels % groups:
             raise InputError(f"GroupNormSiLU: channels={channels} is not divisible by groups={groups}")
         self.groups, self.channels, self.eps, self.silu = groups, channels, eps, silu
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        made = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(channels, **made)) if affine else None  # type: ignore[arg-type]
+        self.bias = nn.Parameter(torch.zeros(channels, **made)) if affine else None  # type: ignore[arg-type]
 
     @classmethod
     def from_modules(cls, norm: nn.GroupNorm, activation: nn.SiLU | None = None) -> Self:
@@ -57,17 +71,18 @@ class GroupNormSiLU(nn.Module):
     def forward(
         self, x: Tensor, *, addend: Tensor | None = None, residual: Tensor | None = None, return_sum: bool = False
     ) -> Any:
-        return ops.group_norm_silu(
-            x,
-            self.groups,
-            self.weight,
-            self.bias,
-            eps=self.eps,
-            silu=self.silu,
-            addend=addend,
-            residual=residual,
-            return_sum=return_sum,
-        )
+        with _differentiable("group_norm_silu", x, self.weight, self.bias, addend, residual):
+            return ops.group_norm_silu(
+                x,
+                self.groups,
+                self.weight,
+                self.bias,
+                eps=self.eps,
+                silu=self.silu,
+                addend=addend,
+                residual=residual,
+                return_sum=return_sum,
+            )
 
     def extra_repr(self) -> str:
         return f"{self.groups}, {self.channels}, eps={self.eps}, silu={self.silu}"
@@ -94,6 +109,8 @@ class Attention(nn.Module):
         head_dim: int,
         context_channels: int | None = None,
         bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         inner = heads * head_dim
@@ -102,10 +119,10 @@ class Attention(nn.Module):
         # scores and products in float32, so that diffusers' upcast_attention and upcast_softmax have nothing to add.
         self._attend = ops.attention if head_dim <= MAX_HEAD_DIM else _plain_attention
         self.heads = heads
-        self.to_q = nn.Linear(channels, inner, bias=bias)
-        self.to_k = nn.Linear(source, inner, bias=bias)
-        self.to_v = nn.Linear(source, inner, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.to_q = nn.Linear(channels, inner, bias=bias, device=device, dtype=dtype)
+        self.to_k = nn.Linear(source, inner, bias=bias, device=device, dtype=dtype)
+        self.to_v = nn.Linear(source, inner, bias=bias, device=device, dtype=dtype)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels, device=device, dtype=dtype)])
 
     @classmethod
     def from_attention(cls, module: nn.Module) -> Self:
@@ -151,7 +168,9 @@ class Attention(nn.Module):
     def joined(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The heads' results side by side, (B, L, heads * head_dim): what `attend` projects."""
         split = (projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in (q, k, v))
-        out: Tensor = self._attend(*split, mask=_per_head(mask, len(q)), scale=self.score_scale)
+        mask = _per_head(mask, len(q))
+        with _differentiable("attention", q, k, v, mask):
+            out: Tensor = self._attend(*split, mask=mask, scale=self.score_scale)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -161,9 +180,17 @@ class GEGLU(nn.Module):
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
+        self.proj = nn.Linear(channels, 2 * hidden, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Self:
@@ -182,7 +209,9 @@ class GEGLU(nn.Module):
         return made.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(self.proj(x))
+        projected = self.proj(x)
+        with _differentiable("geglu", projected):
+            return ops.geglu(projected)
 
 
 _PLAIN_OPTIONS: dict[str, Any] = {
@@ -221,6 +250,14 @@ def _check_attention(module: Any) -> None:
         raise InputError(
             f"{here}: to_q, to_k and to_v give {sizes} channels; expected equal multiples of heads={module.heads}"
         )
+
+
+def _differentiable(operator: str, *tensors: Tensor | None) -> AbstractContextManager[None]:
+    """The operator's reference where a gradient is recorded and nobody demanded a backend."""
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if recorded and config.forced_backend(operator) is None:
+        return config.use_backend({operator: "reference"})
+    return nullcontext()
 
 
 def _kind(value: object) -> str:

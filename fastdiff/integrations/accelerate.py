@@ -49,8 +49,9 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
 
     target     a pipeline of diffusers (each of its networks, and its scheduler as `patch_scheduler` does); a
                UNet2DModel, UNet2DConditionModel, AutoencoderKL, ControlNetModel or DiTTransformer2DModel of diffusers;
-               a network of fastdiff's; or any module, in which such networks are found, and every nn.Sequential where
-               a GroupNorm and a SiLU follow each other
+               a network of fastdiff's; or any module, in which such networks are found, and modules whose forward is
+               known: in an nn.Sequential a GroupNorm and a SiLU or a doubling and a convolution, GEGLU layers, and
+               diffusers' ResnetBlock2D, Attention, Upsample2D and BasicTransformerBlock
     rewrites   names out of `fastdiff.models.rewrites.Rewrites`, all for None
     strict     raise an error, and change nothing, if something would be left as it is
 

@@ -94,9 +94,7 @@ class BrownianPath:
         if seed is None:
             words = np.random.SeedSequence(entropy=self._seed, spawn_key=name, pool_size=_POOL).generate_state(1)
             seed = self._seeds[name] = int(words[0])
-        return ops.torch_normal(
-            self.shape, generator=generator.manual_seed(seed), device=self.device, dtype=self.dtype
-        )
+        return ops.torch_normal(self.shape, generator=generator.manual_seed(seed), device=self.device, dtype=self.dtype)
 
 
 class BrownianTreeNoiseSampler:

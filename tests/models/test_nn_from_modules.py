@@ -14,6 +14,7 @@ from inputs import normal
 from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 
+import fastdiff
 from fastdiff import InputError
 from fastdiff.nn import GEGLU, Attention, GroupNormSiLU
 
@@ -143,3 +144,58 @@ def test_geglu():
     for other in (nn.Linear(2, 2), nn.GELU()):
         with pytest.raises(InputError, match=f"module is {type(other).__name__}; expected a GEGLU"):
             GEGLU.from_module(other)
+
+
+class Foreign(nn.Module):
+    """A U-Net of somebody else's, small: norms and activations apart, an attention of diffusers, a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm, self.act = nn.GroupNorm(3, 12), nn.SiLU()
+        self.attention = LibraryAttention(12, 20, heads=2, dim_head=6, bias=True)
+        self.gate = LibraryGEGLU(12, 8)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        h = self.act(self.norm(self.conv(x)))
+        tokens = h.flatten(2).transpose(1, 2)
+        return self.gate(tokens + self.attention(tokens, encoder_hidden_states=text, attention_mask=mask))
+
+
+def test_a_foreign_network_with_layers_of_ours_loads_its_state_dict_and_trains() -> None:
+    torch.manual_seed(0)
+    theirs, ours = Foreign(), Foreign()
+    ours.norm, ours.act = GroupNormSiLU(3, 12), nn.Identity()
+    ours.attention = Attention(12, heads=2, head_dim=6, context_channels=20, bias=True)
+    ours.gate = GEGLU(12, 8)
+    ours.load_state_dict(theirs.state_dict())
+    mask = torch.where(normal(2, 1, 5, seed=2) > 0, 0.0, -1e4)
+    inputs = (normal(2, 3, 4, 4), normal(2, 5, 20, seed=1), mask)
+    wide = copy.deepcopy(theirs).double()(*(value.double() for value in inputs))
+    with torch.no_grad():
+        assert_close_to_truth(ours(*inputs), wide, theirs(*inputs))
+    gradients = []
+    for network in (theirs, ours):
+        network(*inputs).square().sum().backward()
+        gradients.append({name: value.grad for name, value in network.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        error = torch.linalg.vector_norm(gradients[1][name] - expected)
+        assert error <= 1e-5 * torch.linalg.vector_norm(expected) + 1e-5, name
+    with fastdiff.use_backend("native"), pytest.raises(InputError, match="requires grad"):
+        ours(*inputs)
+
+
+def test_constructors_take_device_dtype_and_what_to_leave_out() -> None:
+    options = {"device": "meta", "dtype": torch.bfloat16}
+    for made in (
+        GroupNormSiLU(2, 4, **options),
+        Attention(4, heads=2, head_dim=2, context_channels=6, bias=True, **options),
+        GEGLU(4, 6, **options),
+    ):
+        assert {(value.device.type, value.dtype) for value in made.parameters()} == {("meta", torch.bfloat16)}
+    assert not GroupNormSiLU(2, 4, affine=False).state_dict()
+    assert list(GEGLU(4, 6, bias=False).state_dict()) == ["proj.weight"]
+    x = normal(2, 4, 3)
+    plain = nn.functional.silu(nn.functional.group_norm(x, 2))
+    assert torch.allclose(GroupNormSiLU(2, 4, affine=False)(x), plain, rtol=1e-5, atol=1e-6)
