@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,9 +94,7 @@ class BrownianPath:
         if seed is None:
             words = np.random.SeedSequence(entropy=self._seed, spawn_key=name, pool_size=_POOL).generate_state(1)
             seed = self._seeds[name] = int(words[0])
-        return ops.torch_normal(
-            self.shape, generator=generator.manual_seed(seed), device=self.device, dtype=self.dtype
-        )
+        return ops.torch_normal(self.shape, generator=generator.manual_seed(seed), device=self.device, dtype=self.dtype)
 
 
 class BrownianTreeNoiseSampler:
