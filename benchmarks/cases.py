@@ -48,6 +48,9 @@ TOKENS = {"residual": ((2, 4096, 320), (2, 1024, 640)), "modulated": ((2, 256, 1
 SCHEDULERS = (
     *("ddim", "ddpm", "euler", "euler_ancestral", "flow_euler", "heun", "lms", "pndm", "ipndm"),
     *("dpmpp_2m", "dpmpp_3m", "unipc", "deis"),
+    *("ddim_inverse", "kdpm2", "kdpm2_ancestral", "dpm_sde", "dpmpp_2s", "dpmpp_2m_inverse", "sa_solver", "lcm", "tcd"),
+    *("consistency", "flow_heun", "edm_euler", "edm_dpmpp_2m", "unclip", "repaint"),
+    *("score_sde_predict", "score_sde_correct"),
 )
 LOOPS = ("dpmpp_2m-20", "ddim-50")
 LOOP_SHAPE = (4, 1, 28, 28)
