@@ -31,8 +31,8 @@ CAPABILITIES = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"],
 }
-# PyTorch rounds a product before it adds it, so that a step of ours cancels where a step in PyTorch does; its normals are
-# bit for bit only with the roundings that are written.
+# PyTorch rounds a product before it adds it, so that a step of ours cancels where a step in PyTorch does; its normals
+# are equal to the bit only with the roundings that are written.
 ROUNDED = ["-ffp-contract=off"]
 ROUNDED_KERNELS = ("sampler_step", "add_noise", "torch_normal", "langevin_correct")
 if platform.machine() not in ("x86_64", "AMD64"):

@@ -51,6 +51,9 @@ TOKENS = {"residual": ((2, 4096, 320), (2, 1024, 640)), "modulated": ((2, 256, 1
 SCHEDULERS = (
     *("ddim", "ddpm", "euler", "euler_ancestral", "flow_euler", "heun", "lms", "pndm", "ipndm"),
     *("dpmpp_2m", "dpmpp_3m", "unipc", "deis"),
+    *("ddim_inverse", "kdpm2", "kdpm2_ancestral", "dpm_sde", "dpmpp_2s", "dpmpp_2m_inverse", "sa_solver", "lcm", "tcd"),
+    *("consistency", "flow_heun", "edm_euler", "edm_dpmpp_2m", "unclip", "repaint"),
+    *("score_sde_predict", "score_sde_correct"),
 )
 IMAGES, LATENT = ((1, 3, 32, 32), (4, 3, 32, 32), (16, 3, 32, 32)), (1, 4, 32, 32)
 NETWORKS = (*(("cifar", shape) for shape in IMAGES), ("sd15", (2, 4, 32, 32)), ("decoder", LATENT))

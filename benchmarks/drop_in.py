@@ -25,10 +25,10 @@ LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scal
 
 @dataclass(frozen=True)
 class Kind:
-    """A class and its configuration. method: the one that takes a step; further: what it is given besides sample, output
-    and timestep; history: how many states besides x a step reads; calls: how many calls make a step of the solver;
-    data: whether the data prediction is given too; pinned: attributes that have to be set back for a call to be the
-    same step again."""
+    """A class and its configuration. method: the one that takes a step; further: what it is given besides sample,
+    output and timestep; history: how many states besides x a step reads; calls: how many calls make a step of the
+    solver; data: whether the data prediction is given too; pinned: attributes that have to be set back for a call to
+    be the same step again."""
 
     scheduler: str
     config: dict[str, Any] = field(default_factory=lambda: dict(LATENT_BETAS))

@@ -32,8 +32,8 @@ NO_CUDA = {
 """Operators that run on Triton on a GPU and have no CUDA C++ kernel."""
 
 HOST_ONLY = {"torch_normal", "langevin_correct"}
-"""Compiled functions that are no operators: they stand in for functions of PyTorch on the CPU, and leave every other call
-to them."""
+"""Compiled functions that are no operators: they stand in for functions of PyTorch on the CPU, and leave every other
+call to them."""
 
 LAYERS = (
     {"errors", "files", "__init__"},

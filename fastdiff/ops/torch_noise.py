@@ -32,9 +32,8 @@ def torch_normal(
     AVX2; everything else, and a PyTorch that is found to draw otherwise, is torch.randn itself.
     Source: Matsumoto & Nishimura, "Mersenne Twister", 1998.
     """
-    here = (device == "cpu" or torch.device(device).type == "cpu") and (
-        generator is None or generator.device.type == "cpu"
-    )
+    here = device == "cpu" or torch.device(device).type == "cpu"
+    here = here and (generator is None or generator.device.type == "cpu")
     if not here or dtype not in _DTYPES or math.prod(shape) < _LEAST or _is_compiling() or _dispatch_modes():
         return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
     draw = _native(dtype)

@@ -2,6 +2,8 @@
 
 import copy
 import random
+from functools import partial
+from itertools import pairwise
 
 import diffusers.schedulers.scheduling_dpmsolver_sde as theirs
 import pytest
@@ -39,14 +41,17 @@ def test_increments(ends, dtype):
             assert relative(our, their) < (2e-6 if dtype is torch.float32 else 1e-11), (a, b)
 
 
+def in_double(path: BrownianPath, *arguments) -> torch.Tensor:
+    return path._noise(*arguments).double()
+
+
 def test_half_is_nearer_to_the_truth():
     """Its normals are of half precision, and only the sum of theirs is as well."""
     for dtype in (torch.float16, torch.bfloat16):
         options = {"size": SHAPE, "dtype": dtype, "entropy": 3, "tol": 1e-6, "pool_size": 24, "halfway_tree": True}
         tree = torchsde.BrownianInterval(t0=0.03, t1=14.0, **options)
-        path, exact = BrownianPath(torch.zeros(SHAPE, dtype=dtype), 0.03, 14.0, 3), 0.0
-        wide = BrownianPath(torch.zeros(SHAPE, dtype=torch.float64), 0.03, 14.0, 3)
-        wide._noise = lambda name, generator: path._noise(name, generator).double()
+        path, wide = (BrownianPath(torch.zeros(SHAPE, dtype=kind), 0.03, 14.0, 3) for kind in (dtype, torch.float64))
+        wide._noise = partial(in_double, path)
         for a, b in ((1.0, 2.5), (0.2, 0.4), (3.0, 9.0)):
             exact = wide(a, b)
             assert path(a, b).dtype == dtype
@@ -60,7 +65,7 @@ def test_noise_sampler(seed):
     for kind in (BrownianTreeNoiseSampler, theirs.BrownianTreeNoiseSampler):
         torch.manual_seed(3)
         sampler = kind(x, 0.029167, 14.6146, seed)
-        drawn = [sampler(a, b) for a, b in zip(sigmas[:-1], sigmas[1:], strict=True)]
+        drawn = [sampler(a, b) for a, b in pairwise(sigmas)]
         results.append((*drawn, sampler(0.5, 2.0), torch.rand(3)))
     for our, their in zip(*results, strict=True):
         assert relative(our, their) < 1e-6
