@@ -148,7 +148,7 @@ class Pool {
   void* allocate(size_t bytes) {
     const std::lock_guard lock(pools().mutex);
     const size_t room = sizeof(Block) + rounded(bytes, sizeof(Block));
-    const size_t begin = bytes < system_memory() ? place(room) : Ranges::NOWHERE;
+    const size_t begin = bytes < SIZE_MAX / 2 ? place(room) : Ranges::NOWHERE;
     if (begin == Ranges::NOWHERE) return note(false), nullptr;
     free_.remove(begin, begin + room);
     const size_t fresh = touched_.add(begin, begin + room);
