@@ -83,17 +83,17 @@ def convolve(
 ) -> Tensor:
     """conv(x) + addend, or without the layer's bias; addend has the shape of the result and is added in float32."""
     if packs is None or not _takes((conv,), x):
-        y = conv(x) if bias else F.conv2d(x, conv.weight, None, *_geometry(conv)[1:])
+        y = conv(x) if bias else F.conv2d(x, cast(Tensor, conv.weight), None, *_geometry(conv)[1:])
         return y if addend is None else addend + y
-    weight, own_bias = conv.weight, conv.bias if bias else None
-    return _convolve(weight, own_bias, lambda: weight, x, _geometry(conv), packs, addend=addend)  # type: ignore
+    weight, own_bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias) if bias else None
+    return _convolve(weight, own_bias, lambda: weight, x, _geometry(conv), packs, addend=addend)
 
 
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
     own_bias = conv.bias.repeat(4) if bias and conv.bias is not None else None
     phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs)
-    doubled: Tensor = _extension().interleave(phases)  # type: ignore[union-attr]
+    doubled: Tensor = _extension().interleave(phases)
     return doubled
 
 
@@ -213,7 +213,7 @@ def _takes(leaves: Sequence[nn.Module], x: Tensor, second: Tensor | None = None)
     for leaf in leaves:
         if not is_plain(leaf):
             return False
-        weight, bias = leaf.weight, leaf.bias
+        weight, bias = cast(Tensor, leaf.weight), leaf.bias
         for own in (weight,) if bias is None else (weight, bias):
             if type(own) is not nn.Parameter or own.dtype != x.dtype or not own.is_cpu or own.is_inference():
                 return False
