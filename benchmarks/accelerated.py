@@ -101,13 +101,14 @@ def build(case: Case, device: torch.device) -> Work:
     def call(change: Callable[[Any], Any]) -> Callable[[], Tensor]:
         return _call(name, case.shape, dtype, device, change)
 
+    # First, while there are no copies of a large network beside the one in float64.
+    truth, flops = _truth(name, case.shape)
     channels_last = call(_channels_last)
     if rewrite:
         chosen = {WITHOUT: [each for each in names() if each != rewrite], NONE: [], ONLY: [rewrite]}
         peers = {who: call(partial(fastdiff.accelerate, rewrites=rewrites)) for who, rewrites in chosen.items()}
     else:
         peers = {"diffusers": call(_as_it_is), "diffusers channels-last": channels_last}
-    truth, flops = _truth(name, case.shape)
     return Work(
         peers=peers,
         ours=call(fastdiff.accelerate),
