@@ -101,13 +101,14 @@ def build(case: Case, device: torch.device) -> Work:
     def call(change: Callable[[Any], Any]) -> Callable[[], Tensor]:
         return _call(name, case.shape, dtype, device, change)
 
+    # First, while there are no copies of a large network beside the one in float64.
+    truth, flops = _truth(name, case.shape)
     channels_last = call(_channels_last)
     if rewrite:
         chosen = {WITHOUT: [each for each in names() if each != rewrite], NONE: [], ONLY: [rewrite]}
         peers = {who: call(partial(fastdiff.accelerate, rewrites=rewrites)) for who, rewrites in chosen.items()}
     else:
         peers = {"diffusers": call(_as_it_is), "diffusers channels-last": channels_last}
-    truth, flops = _truth(name, case.shape)
     return Work(
         peers=peers,
         ours=call(fastdiff.accelerate),
@@ -146,7 +147,7 @@ def _call(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, change: Callable[[Any], Any]
 ) -> Callable[[], Tensor]:
     """A call of a copy of the network. change: what happens to the network, or to the pipeline that it is in."""
-    layout, count = NETWORKS[name], shape[0]
+    layout, samples = NETWORKS[name], shape[0]
     network: Any = copy.deepcopy(_network(name)).to(device, dtype)
     x = normal(*shape, seed=0, dtype=torch.bfloat16, device=device).to(dtype)
     if layout.kind == "AutoencoderKL":
@@ -164,14 +165,14 @@ def _call(
         times = torch.arange(0, 20 * STEPS, 20, device=device)
     given: dict[str, Tensor] = {}
     if layout.text:
-        text = normal(count, 77, layout.text, seed=1, dtype=torch.bfloat16, device=device)
+        text = normal(samples, 77, layout.text, seed=1, dtype=torch.bfloat16, device=device)
         given["encoder_hidden_states"] = text.to(dtype)
     if layout.classes:
-        given["class_labels"] = torch.arange(count, device=device)
+        given["class_labels"] = torch.arange(samples, device=device)
 
     def call() -> Tensor:
         t = times[INDEX]
-        output: Tensor = network(x, t.expand(count) if layout.classes else t, return_dict=False, **given)[0]
+        output: Tensor = network(x, t.expand(samples) if layout.classes else t, return_dict=False, **given)[0]
         return output if scheduler is None else scheduler.step(output, t, x, return_dict=False)[0]
 
     return call

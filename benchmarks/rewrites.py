@@ -55,8 +55,9 @@ FLOP are those of convolutions, products and attention; bytes are what the opera
 
 The columns under "alone" are what a forward costs more when this one rewrite is turned off and all others
 stay. They do not add up to the whole: `folded_residual` needs `unit_scale`, and it, `folded_bias` and
-`split_skip` need `group_norm_silu`, so that a rewrite that others need stands for their share too. Turned
-on alone, those others would show nothing. `fastdiff bench --filter rewrite/` times the same comparison.
+`split_skip` need `group_norm_silu`, so that a rewrite that others need stands for their share too. With
+nothing else on, `folded_residual` and `split_skip` would save nothing. `fastdiff bench --filter rewrite/`
+times the same comparison.
 
 {tables}
 """
