@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from fastdiff.models.embeddings import EmbeddingMLP
 
-__all__ = ["ADDED", "ImageTime", "Pooling", "TextImageTime", "TextTime", "added_embedding", "token_projection"]
+__all__ = [
+    "ADDED",
+    "HINT_CHANNELS",
+    "ImageTime",
+    "Pooling",
+    "TextImageTime",
+    "TextTime",
+    "added_embedding",
+    "token_projection",
+]
 
 ADDED: Mapping[str | None, tuple[str, ...]] = {
     None: (),
@@ -30,6 +39,7 @@ _IMAGE_TOKENS = {"text_image_proj": 10, "image_proj": 32}
 """Tokens that stand for a picture."""
 _HINT = ((3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 96, 2), (96, 96, 1), (96, 256, 2), (256, 4, 1))
 """(channels in, channels out, stride) of the convolutions that a hint goes through."""
+HINT_CHANNELS = _HINT[-1][1]
 
 
 class Pooling(nn.Module):

@@ -155,7 +155,7 @@ def _conditional_unet(
 
 
 def _fits(network: UNet | ControlNet, sample: Tensor, timestep: Any) -> bool:
-    if sample.dim() != 4 or sample.shape[1] != network.config["in_channels"]:
+    if sample.dim() != 4 or sample.shape[1] != network.sample_channels():
         return False
     if not isinstance(timestep, Tensor):
         return isinstance(timestep, int | float)

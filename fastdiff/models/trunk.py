@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.blocks import ResnetSettings
-from fastdiff.models.conditions import ADDED, TextTime, added_embedding, token_projection
+from fastdiff.models.conditions import ADDED, HINT_CHANNELS, TextTime, added_embedding, token_projection
 from fastdiff.models.config import CONDITIONAL
 from fastdiff.models.context import Context, Time
 from fastdiff.models.embeddings import (
@@ -84,6 +84,12 @@ class Trunk(nn.Module):
                 x = total(x) + left[0]
         return x, skips
 
+    def sample_channels(self) -> int:
+        """Channels of a sample: those of conv_in, of which a hint has some."""
+        hinted: int = HINT_CHANNELS if self._c.addition_embed_type == "image_hint" else 0
+        channels: int = self._c.in_channels
+        return channels - hinted
+
     def takes_text(self) -> bool:
         """Whether a call needs encoder_hidden_states."""
         pictures = self._c.encoder_hid_dim_type == "image_proj" and self.config["_class_name"] == CONDITIONAL
@@ -91,7 +97,7 @@ class Trunk(nn.Module):
 
     def _check_input(self, sample: Tensor, timestep: Tensor | float | int, tokens: Tensor | None) -> Tensor:
         """The times (N,), after the checks that need no look at the data."""
-        name, channels = type(self).__name__, self._c.in_channels
+        name, channels = type(self).__name__, self.sample_channels()
         if sample.dim() != 4 or sample.shape[1] != channels:
             raise InputError(f"{name}: sample has shape {tuple(sample.shape)}; expected (N, {channels}, H, W)")
         if self.takes_text() and (tokens is None or tokens.dim() != 3 or len(tokens) != len(sample)):

@@ -130,12 +130,10 @@ def test_labels_without_classes_are_overlooked_as_in_the_library() -> None:
 
 
 LEFT: dict[str, tuple[dict[str, Any], str]] = {
-    "adapter residuals": (
-        {"down_intrablock_additional_residuals": lambda: [torch.randn(2, 10, 6, 8), torch.randn(2, 20, 3, 4)]},
-        "down_intrablock_additional_residuals",
+    "masks of an IP-Adapter": (
+        {"cross_attention_kwargs": lambda: {"ip_adapter_masks": [torch.ones(1, 1, 6, 8)]}},
+        "cross_attention_kwargs",
     ),
-    "residual of the middle alone": ({"mid_block_additional_residual": lambda: torch.randn(2, 20, 3, 4)}, "alone"),
-    "a scale": ({"cross_attention_kwargs": lambda: {"scale": 0.5}}, "cross_attention_kwargs"),
 }
 
 

@@ -17,9 +17,7 @@ import fastdiff
 from fastdiff.models.config import _SUPPORTED_OF
 from fastdiff.models.rewrites import names
 
-REFUSED: frozenset[int] = frozenset()
-"""Numbers whose layouts the library itself refuses, or runs in float32 alone."""
-SEEDS = [seed for seed in range(190) if seed not in REFUSED]
+SEEDS = range(190)
 
 
 def outputs(network: nn.Module, arguments: dict[str, Any]) -> list[Tensor]:
@@ -83,11 +81,9 @@ def test_the_draws_have_every_block_and_embedding() -> None:
         configs = [each.config for each in drawn if each.kind is kind]
         for key, values in _SUPPORTED_OF[kind.__name__].items():
             found = {value for config in configs for value in _listed(config.get(key))}
-            assert found >= set(values) - _NEVER_RUN, key
+            # The library's plain class has no configuration with which these two fit each other's maps.
+            assert found >= set(values) - ({"KDownBlock2D", "KUpBlock2D"} if kind is UNet2DModel else set()), key
     assert sum(each.kind is ControlNetModel for each in drawn) > 20
-
-
-_NEVER_RUN = frozenset({"KDownBlock2D", "KUpBlock2D"})
 
 
 def _listed(value: Any) -> list[Any]:
