@@ -44,7 +44,7 @@ class Forward:
     @property
     def __code__(self) -> types.CodeType:
         """The original's, which `torch.export` looks for."""
-        return inspect.unwrap(self.original).__code__  # type: ignore[no-any-return, attr-defined]
+        return inspect.unwrap(self.original).__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What is compiled or traced is the module's own code, in which no state of ours is looked up.
