@@ -119,8 +119,9 @@ class Rows {
     }
     for (int64_t row = first; row < first + count; ++row) {
       const int64_t to = row * args_.channels;
-      outputs_.template apply<true>(inputs_.x.moved(row * of_x), to, of_x, k);
-      outputs_.template apply<true>(inputs_.second.moved(row * of_second), to + of_x, of_second, of_second_k);
+      // Two inputs in turn are no stream that the hardware follows: each asks for its next row.
+      outputs_.template apply<true>(inputs_.x.moved(row * of_x), to, of_x, k, of_x);
+      outputs_.template apply<true>(inputs_.second.moved(row * of_second), to + of_x, of_second, of_second_k, of_second);
     }
   }
 
