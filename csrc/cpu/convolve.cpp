@@ -1,7 +1,6 @@
 #include "attention_tile.h"
 #include "ops.h"
 #include "parallel.h"
-#include "scratch.h"
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
 
@@ -117,17 +116,17 @@ void convolve(const ConvolveArgs& args) {
     const int64_t begin = task / parts * rows, count = smaller(rows, pixels - begin);
     const int64_t start = task % parts * share, end = smaller(start + share, panels);
     if (count <= 0 || start >= end) return;
-    Scratch<float> gathered(count * ROW);
-    Scratch<Pixel> places(count);
+    alignas(64) float gathered[BLOCK * ROW];
+    Pixel places[BLOCK];
     for (int64_t r = 0; r < count; ++r) places[r] = pixel(args, begin + r);
     for (int64_t k = 0; k < depth; k += CHUNK) {
       const int64_t steps = smaller(CHUNK, depth - k);
-      for (int64_t r = 0; r < count; ++r) gather(args, places[r], k, steps, gathered.data() + r * ROW);
+      for (int64_t r = 0; r < count; ++r) gather(args, places[r], k, steps, gathered + r * ROW);
       for (int64_t panel = start; panel < end; ++panel) {
         const int64_t first = panel * PANEL, offset = begin * args.outputs + first;
         const Target target{args.bias ? args.bias + first : nullptr, args.addend ? args.addend + offset : nullptr,
                             args.out + offset, args.outputs, smaller(PANEL, args.outputs - first), k == 0};
-        multiply_panel(gathered.data(), count, args.weight + (panel * depth + k) * PANEL, steps, target);
+        multiply_panel(gathered, count, args.weight + (panel * depth + k) * PANEL, steps, target);
       }
     }
   });

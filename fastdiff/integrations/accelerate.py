@@ -145,10 +145,12 @@ def _is_encoder(module: nn.Module) -> bool:
 def _add(plan: _Plan, name: str, network: nn.Module, rewrites: Rewrites) -> None:
     before, found = plan.count() + len(plan.left), len(plan.new) + len(plan.old) + len(plan.left)
     _walk(plan, name, network, rewrites, title=_title(name, network), parts={})
-    none = len(plan.new) + len(plan.old) + len(plan.left) == found
-    # Of a model of the library's single parts are not the whole that the caller has asked for.
-    if plan.count() + len(plan.left) == before or (none and _is_model(network)):
-        plan.left.append((_title(name, network), f"fastdiff has no network for {type(network).__name__}"))
+    reason = f"fastdiff has no network for {type(network).__name__}"
+    if plan.count() + len(plan.left) == before:
+        plan.left.append((_title(name, network), reason))
+    elif len(plan.new) + len(plan.old) + len(plan.left) == found and _is_model(network):
+        # Of a model of the library's single parts are not the whole that the caller has asked for.
+        plan.left.append((_title(name, network), f"{reason}; blocks inside it are accelerated"))
 
 
 def _walk(

@@ -67,7 +67,7 @@ class BrownianPath:
         low, high = self._ends
         a, b = (round(min(max(time, low), high), _DIGITS) for time in (a, b))
         root = self._root
-        weights = {(): factor * (b - a) / (root.end - root.start) * self._scale}
+        weights: dict[tuple[int, ...], float] = {(): factor * (b - a) / (root.end - root.start) * self._scale}
         for node in {*self._nodes(a), *self._nodes(b)}:
             weights[node.key, node.depth] = factor * (node.tent(b) - node.tent(a))
         generator = torch.Generator(self.device)

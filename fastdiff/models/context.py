@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -17,10 +16,13 @@ class Time:
 
     def __init__(self, embedding: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
         self.embedding, self._activation = embedding, activation
+        self._activated: Tensor | None = None
 
-    @cached_property
+    @property
     def activated(self) -> Tensor:
-        return self._activation(self.embedding)
+        if self._activated is None:
+            self._activated = self._activation(self.embedding)
+        return self._activated
 
 
 @dataclass

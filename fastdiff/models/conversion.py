@@ -16,7 +16,8 @@ from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.models import arena
-from fastdiff.models.convert import Call, Left, check, converter
+from fastdiff.models.calls import Call, Left, check
+from fastdiff.models.convert import converter
 from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.models.sharing import Facts, Shared, facts

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from fastdiff import ops
 from fastdiff.models.caches import Cache
-from fastdiff.models.convert import Left
+from fastdiff.models.calls import Left
 from fastdiff.models.forward import Forward
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites

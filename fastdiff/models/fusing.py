@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.models import known, library_blocks
-from fastdiff.models.convert import check
+from fastdiff.models.calls import check
 from fastdiff.models.fused import (
     FLOATS,
     Fused,

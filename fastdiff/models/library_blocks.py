@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from fastdiff import ops
 from fastdiff.models import known
 from fastdiff.models.attention import add_and_norm, to_map, to_tokens
+from fastdiff.models.calls import Left, check
 from fastdiff.models.context import Context
-from fastdiff.models.convert import Left, check
 from fastdiff.models.fused import (
     Fused,
     convolve_doubled,

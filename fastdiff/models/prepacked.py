@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fastdiff.models.arena import outside
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites
@@ -58,7 +59,8 @@ class Packed:
         packed, shapes = self._state
         if packed is not None and shape in shapes:
             return packed
-        made = pack()
+        with outside():
+            made = pack()
         if packed is not None and len(shapes) < _MOST_SHAPES and _layout(made) == _layout(packed):
             self._state = packed, shapes | {shape}
             return packed

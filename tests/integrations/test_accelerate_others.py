@@ -155,7 +155,7 @@ def test_a_compiled_network_says_so() -> None:
 def test_a_configuration_that_changes_is_left() -> None:
     network = unet()
     network.register_to_config(act_fn="gelu")
-    with pytest.warns(UserWarning, match="act_fn='gelu'"):
+    with pytest.warns(UserWarning, match="time_embedding.act is a .*SiLU, not a GELU"):
         assert torch.equal(network(X, T, TEXT).sample, own(network))
     network.register_to_config(act_fn="silu")
     assert_ours(network)

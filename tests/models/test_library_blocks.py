@@ -20,6 +20,7 @@ from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 
 import fastdiff
+from fastdiff.errors import InputError
 
 
 class Holder(nn.Module):
@@ -274,11 +275,13 @@ def test_whole_networks(name: str) -> None:
         given = {"sample": normal(1, 4, 3, 8, 8), "timestep": 7, "encoder_hidden_states": normal(texts, 5, 12, seed=1)}
     expected = called(network, given, torch.float32).sample
     keys = list(network.state_dict())
-    fastdiff.accelerate(network, strict=True)
+    with pytest.raises(InputError, match="no network for"):
+        fastdiff.accelerate(network, strict=True)
+    with pytest.warns(UserWarning, match="blocks inside it are accelerated"):
+        fastdiff.accelerate(network)
     actual = called(network, given, torch.float32).sample
     assert torch.linalg.vector_norm(actual - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
     assert {"group_norm_silu", "upsample_conv", "attention"} <= ran().keys()
-    assert not fastdiff.report().left
     assert list(network.state_dict()) == keys
     assert any(each.startswith(f"{type(network).__name__}: ResnetBlock2D") for each in fastdiff.report().networks)
     assert torch.equal(called(copy.deepcopy(network), given, torch.float32).sample, actual)
