@@ -1,6 +1,7 @@
 #include "attention_tile.h"
 #include "ops.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
 
