@@ -113,8 +113,9 @@ def build(case: Case, device: torch.device) -> Work:
         peers=peers,
         ours=call(fastdiff.accelerate),
         truth=truth,
-        # On a CPU PyTorch's own float32 convolutions are less exact in this layout, which is the one that ours has.
-        plain=channels_last(),
+        # Without weights that were laid out beforehand the convolutions are PyTorch's own, which on a CPU are less exact
+        # in float32 in the layout that ours have.
+        plain=channels_last() if rewrite else peers["diffusers"](),
         flops=flops,
         steps=1,
         backends=(AUTOMATIC,),
