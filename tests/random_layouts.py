@@ -2,97 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
-from torch import Tensor, nn
-
-ACTIVATIONS = ("silu", "silu", "silu", "swish", "gelu", "mish", "relu")
-TEXT = 12
-"""Channels of the text."""
-
-Config = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A network's class and configuration, and what it is called with."""
-
-    kind: type[nn.Module]
-    config: Config
-    arguments: Config
-    seed: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float64, but where the library's code runs in float32 alone."""
-        late = self.kind is not UNet2DConditionModel and self.config.get("class_embed_type") == "timestep"
-        return torch.float32 if late else torch.float64
-
-    def network(self) -> Any:
-        """The network in that dtype, every parameter random."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            made = self.kind(**self.config).eval().requires_grad_(False).to(self.dtype)
-            for name, parameter in made.named_parameters():
-                if parameter.dim() <= 1:
-                    parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
-                elif not parameter.any():
-                    parameter.normal_(0.0, parameter[0].numel() ** -0.5)
-        return made
-
-
-class Dice(random.Random):
-    """Draws of the things that configurations are made of."""
-
-    def one(self, *values: Any) -> Any:
-        return self.choice(values)
-
-    def chance(self, probability: float) -> bool:
-        return self.random() < probability
-
-    def per_stage(self, stages: int, *values: Any) -> Any:
-        """One value for all stages, or one for each."""
-        return [self.choice(values) for _ in range(stages)] if self.chance(0.4) else self.choice(values)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        generator = torch.Generator().manual_seed(self.getrandbits(31))
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-
-    def mask(self, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.getrandbits(31))
-        return (torch.rand(shape, generator=generator) < 0.7).to(self.one(torch.int64, torch.bool, torch.float64))
-
-    def sides(self) -> tuple[int, int]:
-        return self.randint(5, 11), self.randint(5, 11)
-
-    def memory(self, sample: Tensor) -> Tensor:
-        """The same values, laid out in one of the ways in which callers lay them out."""
-        how = self.one("contiguous", "contiguous", "channels last", "a part", "transposed")
-        if how == "channels last":
-            return sample.contiguous(memory_format=torch.channels_last)
-        if how == "a part":
-            return torch.cat([sample, sample], dim=1)[:, : sample.shape[1]]
-        if how == "transposed":
-            return sample.transpose(2, 3).contiguous().transpose(2, 3)
-        return sample
-
-    def time(self, samples: int, *, whole: bool) -> Any:
-        """A time in one of the forms in which it is given."""
-        number = self.randint(1, 900)
-        forms: list[Any] = [
-            number,
-            torch.tensor(number),
-            torch.tensor([number]),
-            torch.tensor([self.randint(1, 900) for _ in range(samples)]),
-            torch.tensor([900, number, 3])[1],
-        ]
-        if not whole:
-            forms += [number + 0.25, torch.tensor(number + 0.5), torch.full((samples,), number + 0.5).double()]
-        return self.choice(forms)
+from diffusers import ControlNetModel, UNet2DConditionModel
+from random_calls import add_classes, conditional_call, drawn_residuals, plain_call
+from random_draws import ACTIVATIONS, TEXT, Config, Dice, Drawn
+from torch import Tensor
 
 
 def draw(seed: int) -> Drawn:
@@ -100,7 +17,7 @@ def draw(seed: int) -> Drawn:
     dice = Dice(seed)
     make = dice.choices([make for make, _ in FAMILIES], [weight for _, weight in FAMILIES])[0]
     drawn = make(dice, seed)
-    residuals = _residuals(dice, drawn) if drawn.kind is UNet2DConditionModel and dice.chance(0.4) else {}
+    residuals = drawn_residuals(dice, drawn) if drawn.kind is UNet2DConditionModel and dice.chance(0.4) else {}
     arguments = {**drawn.arguments, **residuals, "return_dict": dice.chance(0.5)}
     return replace(drawn, arguments=cast(arguments, drawn.dtype))
 
@@ -174,7 +91,7 @@ def _plain(dice: Dice, seed: int) -> Drawn:
         "center_input_sample": dice.chance(0.3),
         "dropout": dice.one(0.0, 0.1),
     }
-    return _plain_call(dice, seed, config, _even(dice, stages))
+    return plain_call(dice, seed, config, _even(dice, stages))
 
 
 def _skips(dice: Dice, seed: int) -> Drawn:
@@ -191,27 +108,7 @@ def _skips(dice: Dice, seed: int) -> Drawn:
         "mid_block_scale_factor": dice.one(1, 2**0.5),
         "attention_head_dim": dice.one(8, 16, None),
     }
-    return _plain_call(dice, seed, config, _even(dice, stages))
-
-
-def _plain_call(dice: Dice, seed: int, config: Config, sides: tuple[int, int]) -> Drawn:
-    samples, base = dice.randint(1, 3), config["block_out_channels"][0]
-    kind = dice.one("positional", "positional", "fourier", "learned")
-    config |= {"time_embedding_type": kind, "num_train_timesteps": 1000 if kind == "learned" else None}
-    config["time_embedding_dim"] = dice.one(None, None, 10)
-    width = config["time_embedding_dim"] or 4 * base
-    call = {"sample": dice.memory(dice.normal(samples, config["in_channels"], *sides))}
-    # The library gives a table of learned times to whole numbers alone.
-    call["timestep"] = dice.time(samples, whole=kind == "learned")
-    classes = dice.one(None, None, "labels", "timestep", "identity")
-    if classes == "labels":
-        config["num_class_embeds"] = 7
-        call["class_labels"] = torch.tensor([dice.randrange(7) for _ in range(samples)])
-    elif classes is not None:
-        config["class_embed_type"] = classes
-        whole = torch.tensor([dice.randint(1, 9) for _ in range(samples)])
-        call["class_labels"] = whole if classes == "timestep" else dice.normal(samples, width)
-    return Drawn(UNet2DModel, config, call, seed)
+    return plain_call(dice, seed, config, _even(dice, stages))
 
 
 def _crossed(dice: Dice, seed: int) -> Drawn:
@@ -235,7 +132,7 @@ def _crossed(dice: Dice, seed: int) -> Drawn:
     if dice.chance(0.2):
         config["reverse_transformer_layers_per_block"] = [dice.randint(1, 3) for _ in range(stages)]
     easy = {"AttnUpBlock2D", "ResnetUpsampleBlock2D"}.isdisjoint(config["up_block_types"])
-    return _conditional_call(dice, seed, config, dice.sides() if easy else _even(dice, stages))
+    return conditional_call(dice, seed, config, dice.sides() if easy else _even(dice, stages))
 
 
 def _simple(dice: Dice, seed: int) -> Drawn:
@@ -260,7 +157,7 @@ def _simple(dice: Dice, seed: int) -> Drawn:
     elif config["cross_attention_norm"] == "layer_norm":
         # The library gives this norm the channels of the map.
         config |= {"norm_num_groups": dice.one(1, 2, 3, 4), "block_out_channels": [TEXT] * stages}
-    drawn = _conditional_call(dice, seed, config, _even(dice, stages))
+    drawn = conditional_call(dice, seed, config, _even(dice, stages))
     if config["mid_block_only_cross_attention"] or config["only_cross_attention"] is not False:
         # The library makes the mask as long as text and pixels.
         drawn.arguments.pop("encoder_attention_mask", None)
@@ -287,7 +184,7 @@ def _k_blocks(dice: Dice, seed: int) -> Drawn:
         "attention_head_dim": dice.one(8, 16),
         "time_embedding_dim": channels[-1],
     }
-    return _conditional_call(dice, seed, config, _even(dice, stages, 2))
+    return conditional_call(dice, seed, config, _even(dice, stages, 2))
 
 
 def _conditional(dice: Dice, stages: int) -> Config:
@@ -305,117 +202,6 @@ def _conditional(dice: Dice, stages: int) -> Config:
         "conv_in_kernel": dice.one(3, 3, 1, 5),
         "conv_out_kernel": dice.one(3, 3, 1, 5),
         "dropout": dice.one(0.0, 0.0, 0.1),
-    }
-
-
-def _conditional_call(dice: Dice, seed: int, config: Config, sides: tuple[int, int]) -> Drawn:
-    samples = dice.randint(1, 3)
-    width = config["time_embedding_dim"] or config["block_out_channels"][0] * (
-        2 if config["time_embedding_type"] == "fourier" else 4
-    )
-    call = {"sample": dice.memory(dice.normal(samples, config["in_channels"], *sides))}
-    call["timestep"] = dice.time(samples, whole=False)
-    call["encoder_hidden_states"] = dice.normal(samples, dice.randint(2, 7), config["cross_attention_dim"])
-    _add_classes(dice, config, call, samples, width)
-    if "KCrossAttnDownBlock2D" in config["down_block_types"]:
-        config.pop("class_embeddings_concat", None)
-    _add_text(dice, config, call, samples)
-    _add_extras(dice, config, call, samples)
-    if dice.chance(0.25):
-        config["time_cond_proj_dim"] = 5
-        if dice.chance(0.8):
-            call["timestep_cond"] = dice.normal(samples, 5)
-    if dice.chance(0.3) and "encoder_hid_dim_type" not in config:
-        text = call["encoder_hidden_states"].shape[1]
-        simple = any("Simple" in str(kind) for kind in (config["mid_block_type"], *config["down_block_types"]))
-        shape = (samples, text) if simple or dice.chance(0.7) else (samples, 1, text)
-        call["encoder_attention_mask"] = dice.mask(*shape)
-    if dice.chance(0.3):
-        call["cross_attention_kwargs"] = dice.one({}, {"scale": 1.0}, {"scale": 0.5}, {"scale": 0})
-    if config.get("attention_type", "default") != "default" and dice.chance(0.8):
-        call["cross_attention_kwargs"] = {"gligen": _boxes(dice, config, samples)}
-    return Drawn(UNet2DConditionModel, config, call, seed)
-
-
-def _add_text(dice: Dice, config: Config, call: Config, samples: int) -> None:
-    """The projection of what stands for the text."""
-    if dice.chance(0.6):
-        return
-    kind = config["encoder_hid_dim_type"] = dice.one("text_proj", "text_image_proj", "image_proj")
-    config["encoder_hid_dim"] = 8
-    if kind == "image_proj":
-        call["added_cond_kwargs"] = {"image_embeds": dice.normal(samples, 8)}
-        if dice.chance(0.5):
-            call["encoder_hidden_states"] = None
-        return
-    call["encoder_hidden_states"] = dice.normal(samples, dice.randint(2, 5), 8)
-    if kind == "text_image_proj":
-        call["added_cond_kwargs"] = {"image_embeds": dice.normal(samples, config["cross_attention_dim"])}
-
-
-def _add_classes(dice: Dice, config: Config, call: Config, samples: int, width: int) -> None:
-    kind = dice.one(None, None, None, "labels", "timestep", "identity", "projection", "simple_projection")
-    if kind is None:
-        return
-    config["class_embeddings_concat"] = dice.chance(0.3)
-    if kind == "labels":
-        config["num_class_embeds"] = 5
-        call["class_labels"] = torch.tensor([dice.randrange(5) for _ in range(samples)])
-        return
-    config["class_embed_type"] = kind
-    if kind == "timestep":
-        call["class_labels"] = torch.tensor([dice.randint(1, 99) for _ in range(samples)])
-    elif kind == "identity":
-        call["class_labels"] = dice.normal(samples, width)
-    else:
-        config["projection_class_embeddings_input_dim"] = 30
-        call["class_labels"] = dice.normal(samples, 30)
-
-
-def _add_extras(dice: Dice, config: Config, call: Config, samples: int) -> None:
-    """What is added to the embedding of the time."""
-    kind = dice.one(None, None, None, "text_time", "text", "text_image", "image", "image_hint")
-    tokens = config.get("encoder_hid_dim_type")
-    if config.get("class_embeddings_concat"):
-        return
-    # What one part of the network takes for a text or a picture has to go with what another does.
-    if (kind == "text" and tokens == "image_proj") or (kind == "text_image" and tokens is not None):
-        return
-    added = call.setdefault("added_cond_kwargs", {})
-    if kind == "text_time":
-        config["addition_time_embed_dim"] = 4
-        config.setdefault("projection_class_embeddings_input_dim", 30)
-        added |= {"text_embeds": dice.normal(samples, 6), "time_ids": dice.normal(samples, 6, scale=100)}
-    elif kind == "text":
-        config["addition_embed_type_num_heads"] = dice.one(1, 2, 4)
-    elif kind == "text_image":
-        size = config["cross_attention_dim"]
-        added |= {"text_embeds": dice.normal(samples, size), "image_embeds": dice.normal(samples, size)}
-    elif kind in ("image", "image_hint"):
-        config["encoder_hid_dim"] = 8
-        config.setdefault("encoder_hid_dim_type", "image_proj")
-        if config["encoder_hid_dim_type"] != "image_proj":
-            return
-        added["image_embeds"] = dice.normal(samples, 8)
-        if kind == "image_hint":
-            height, width = call["sample"].shape[2:]
-            added["hint"] = dice.normal(samples, 3, 8 * height, 8 * width)
-            config["in_channels"] += 4
-    config["addition_embed_type"] = kind
-
-
-def _boxes(dice: Dice, config: Config, samples: int) -> Config:
-    """What GLIGEN is told: boxes, which of them are real, and what is in them."""
-    count, width = dice.randint(1, 4), config["cross_attention_dim"]
-    told = {"boxes": dice.normal(samples, count, 4).sigmoid(), "masks": dice.mask(samples, count).double()}
-    if config["attention_type"] == "gated":
-        return {**told, "positive_embeddings": dice.normal(samples, count, width)}
-    return {
-        **told,
-        "phrases_masks": dice.mask(samples, count).double(),
-        "image_masks": dice.mask(samples, count).double(),
-        "phrases_embeddings": dice.normal(samples, count, width),
-        "image_embeddings": dice.normal(samples, count, width),
     }
 
 
@@ -452,7 +238,7 @@ def _controlnet(dice: Dice, seed: int) -> Drawn:
     }
     if dice.chance(0.3):
         config["encoder_hid_dim"] = 8
-    _add_classes(dice, config, call, samples, 4 * config["block_out_channels"][0])
+    add_classes(dice, config, call, samples, 4 * config["block_out_channels"][0])
     config.pop("class_embeddings_concat", None)
     extra = dice.one(None, None, "text_time", "text")
     if extra == "text_time":
@@ -465,34 +251,6 @@ def _controlnet(dice: Dice, seed: int) -> Drawn:
     if dice.chance(0.3):
         call["cross_attention_kwargs"] = dice.one({}, {"scale": 1.0}, {"scale": 0.5})
     return Drawn(ControlNetModel, config, call, seed)
-
-
-def _residuals(dice: Dice, drawn: Drawn) -> Config:
-    """What a ControlNet or a T2I-Adapter adds, in the shapes that the network's maps have."""
-    network, stored, ends, middle = drawn.network(), [], [], []
-    network.conv_in.register_forward_hook(lambda _, given, out: stored.append(out))
-    for block in network.down_blocks:
-        layers = len(block.resnets)
-        crossed = getattr(block, "has_cross_attention", False)
-        block.register_forward_hook(lambda _, given, out: stored.extend(out[1]))
-        block.register_forward_hook(
-            lambda _, given, out, crossed=crossed, layers=layers: ends.append(out[1][layers - 1] if crossed else out[0])
-        )
-    if network.mid_block is not None:
-        network.mid_block.register_forward_hook(lambda _, given, out: middle.append(out))
-    with torch.no_grad():
-        network(**drawn.arguments)
-    lowest = middle[0] if middle else ends[-1]
-    kind, found = dice.one("controlnet", "adapter", "both"), {}
-    if any(each is None for each in (*stored, *ends)):
-        return {}
-    if kind != "adapter":
-        found["down_block_additional_residuals"] = tuple(dice.normal(*each.shape) for each in stored)
-        found["mid_block_additional_residual"] = dice.normal(*lowest.shape)
-    if kind != "controlnet" and "SimpleCrossAttnDownBlock2D" not in drawn.config["down_block_types"]:
-        within = [dice.normal(*each.shape) for each in (*ends, *middle)]
-        found["down_intrablock_additional_residuals"] = within[: dice.randint(1, len(within))]
-    return found
 
 
 FAMILIES = ((_plain, 3), (_skips, 1), (_crossed, 5), (_simple, 3), (_k_blocks, 1), (_controlnet, 3))

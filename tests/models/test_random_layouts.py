@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
-from random_layouts import Dice, Drawn, again, cast, draw
+from random_draws import Dice, Drawn
+from random_layouts import again, cast, draw
 from tolerance import relative_error
 from torch import Tensor, nn
 
