@@ -113,8 +113,8 @@ def build(case: Case, device: torch.device) -> Work:
         peers=peers,
         ours=call(fastdiff.accelerate),
         truth=truth,
-        # Without weights that were laid out beforehand the convolutions are PyTorch's own, which in the layout that ours
-        # have are less exact in float32 on a CPU.
+        # Without weights that were laid out beforehand the convolutions are PyTorch's own, which are less exact
+        # on a CPU in the layout that ours have.
         plain=channels_last() if rewrite else peers["diffusers"](),
         flops=flops,
         steps=1,
