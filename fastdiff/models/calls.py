@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from fastdiff.ops import networks
 
 
 class Left(Exception):
@@ -21,6 +24,16 @@ Call = Callable[..., Any]
 """call(network, module, *args, **kwargs): what a forward of the library's gives for these arguments.
 
 Raises Left, before anything has been computed, for arguments that the network does not take."""
+
+
+def note(name: str, reason: str | None, warned: set[str], *, depth: int) -> None:
+    """Counts a call that was left to the library, and warns of each reason once, `depth` frames above this one."""
+    if reason is None:
+        return
+    networks.leave(name, reason, calls=1)
+    if reason not in warned:
+        warned.add(reason)
+        warnings.warn(f"fastdiff: {name} runs as before: {reason}", stacklevel=depth + 1)
 
 
 def output(module: nn.Module, name: str, value: Tensor, return_dict: bool) -> Any:

@@ -101,7 +101,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None, *ACTIVATIONS),
 }
 
-_SUPPORTED_OF: dict[str, dict[str, tuple[Any, ...]]] = {
+SUPPORTED_OF: dict[str, dict[str, tuple[Any, ...]]] = {
     PLAIN: {
         "down_block_types": (*tuple(f"{kind}DownBlock2D" for kind in _PLAIN_KINDS), "ResnetDownsampleBlock2D"),
         "mid_block_type": ("UNetMidBlock2D", None),
@@ -230,7 +230,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_values(config: Mapping[str, Any], layout: str) -> None:
-    check_supported("UNet", config, {**_SUPPORTED, **_SUPPORTED_OF[layout]})
+    check_supported("UNet", config, {**_SUPPORTED, **SUPPORTED_OF[layout]})
     for key, needs in _NEEDS.items():
         other = needs.get(config.get(key))  # type: ignore[arg-type]
         if other is not None and config[other] is None:

@@ -6,7 +6,6 @@ import copy
 import inspect
 import threading
 import types
-import warnings
 import weakref
 from functools import cache
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.models import arena
-from fastdiff.models.calls import Call, Left, check
+from fastdiff.models.calls import Call, Left, check, note
 from fastdiff.models.convert import converter
 from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
@@ -120,12 +119,7 @@ class Conversion:
 
     def leave(self, reason: str | None) -> None:
         """Notes that a call was the library's own, and warns of each reason once."""
-        if reason is None:
-            return
-        networks.leave(self.name, reason, calls=1)
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"fastdiff: {self.name} runs as before: {reason}", stacklevel=5)
+        note(self.name, reason, self._warned, depth=5)
 
     def _calls(self, module: nn.Module) -> Any:
         kind = converter(module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 
 from fastdiff import ops
 from fastdiff.models.caches import Cache
-from fastdiff.models.calls import Left
+from fastdiff.models.calls import Left, note
 from fastdiff.models.forward import Forward
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites
@@ -45,12 +44,7 @@ class Parts:
 
     def leave(self, reason: str | None) -> None:
         """Notes a call that was the modules' own, and warns of each reason once."""
-        if reason is None:
-            return
-        networks.leave(self.name, reason, calls=1)
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"fastdiff: {self.name} runs as before: {reason}", stacklevel=6)
+        note(self.name, reason, self._warned, depth=6)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parts:
         memo[id(self)] = made = Parts(self.name, self.rewrites)

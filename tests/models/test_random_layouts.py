@@ -15,7 +15,7 @@ from tolerance import relative_error
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.models.config import _SUPPORTED_OF
+from fastdiff.models.config import SUPPORTED_OF
 from fastdiff.models.forward import Forward
 from fastdiff.models.rewrites import names
 
@@ -81,7 +81,7 @@ def test_the_draws_have_every_block_and_embedding() -> None:
     drawn = [draw(seed) for seed in SEEDS]
     for kind in (UNet2DModel, UNet2DConditionModel):
         configs = [each.config for each in drawn if each.kind is kind]
-        for key, values in _SUPPORTED_OF[kind.__name__].items():
+        for key, values in SUPPORTED_OF[kind.__name__].items():
             found = {value for config in configs for value in _listed(config.get(key))}
             # The library's plain class has no configuration with which these two fit each other's maps.
             assert found >= set(values) - ({"KDownBlock2D", "KUpBlock2D"} if kind is UNet2DModel else set()), key
