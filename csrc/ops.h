@@ -155,12 +155,12 @@ struct UpsampleArgs {
 
 constexpr int64_t PACKED_OUTPUTS = 64;  // outputs whose weights lie side by side; the last ones are filled with zeros
 
-// A channels-last map and a weight that was packed, float32; bias and addend (as the result) may be null.
-struct ConvolveArgs {
+// A channels-last map and a weight that was packed, float32; bias and residual (as the result) may be null.
+struct ConvArgs {
   int64_t samples, channels, height, width;
   int64_t outputs, out_height, out_width;
   int64_t taps[2], stride[2], padding[2];
-  const float *x, *weight, *bias, *addend;
+  const float *x, *weight, *bias, *residual;
   float* out;
   int threads;
 };
@@ -197,7 +197,7 @@ namespace cpu {
   void geglu(const GegluArgs& args);                  \
   void layer_norm_modulate(const LayerNormArgs& args); \
   void upsample_conv(const UpsampleArgs& args);       \
-  void convolve(const ConvolveArgs& args);            \
+  void conv_bias_residual(const ConvArgs& args);      \
   void pack_weight(const PackArgs& args);             \
   }
 FASTDIFF_CAPABILITIES(FASTDIFF_DECLARE)

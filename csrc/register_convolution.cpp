@@ -6,7 +6,7 @@ namespace fastdiff {
 
 namespace {
 
-// weight (outputs, channels, taps...) as `convolve` reads it: (panels, taps, channels, PACKED_OUTPUTS).
+// weight (outputs, channels, taps...) as `conv_bias_residual` reads it: (panels, taps, channels, PACKED_OUTPUTS).
 Tensor pack_weight(const Tensor& weight) {
   const Tensor from = weight.contiguous();
   PackArgs args{};
@@ -22,18 +22,18 @@ Tensor pack_weight(const Tensor& weight) {
   return to;
 }
 
-void check_packed(const Tensor& packed, const ConvolveArgs& args) {
+void check_packed(const Tensor& packed, const ConvArgs& args) {
   TORCH_CHECK(packed.numel() == (args.outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS * args.taps[0] *
                                     args.taps[1] * args.channels,
               "the packed weight is not one for ", args.channels, " channels and ", args.outputs, " outputs");
 }
 
-// x (N, C, H, W) and addend channels-last, as the result is.
-Tensor convolve(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias,
-                const OptionalTensor& own_addend, int64_t outputs, const std::array<int64_t, 2>& taps,
-                const std::array<int64_t, 2>& stride, const std::array<int64_t, 2>& padding) {
+// x (N, C, H, W) and residual channels-last, as the result is.
+Tensor conv_packed(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias,
+                   const OptionalTensor& own_residual, int64_t outputs, const std::array<int64_t, 2>& taps,
+                   const std::array<int64_t, 2>& stride, const std::array<int64_t, 2>& padding) {
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  ConvolveArgs args{};
+  ConvArgs args{};
   args.samples = x.size(0);
   args.channels = x.size(1);
   args.height = x.size(2);
@@ -49,17 +49,17 @@ Tensor convolve(const Tensor& input, const Tensor& packed, const OptionalTensor&
   const Tensor out =
       at::empty({args.samples, outputs, args.out_height, args.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   const OptionalTensor bias = contiguous(own_bias);
-  const OptionalTensor addend =
-      own_addend ? OptionalTensor(own_addend->contiguous(at::MemoryFormat::ChannelsLast)) : own_addend;
-  TORCH_CHECK(!addend || addend->sizes() == out.sizes(), "convolve: the addend has not the result's shape");
+  const OptionalTensor residual =
+      own_residual ? OptionalTensor(own_residual->contiguous(at::MemoryFormat::ChannelsLast)) : own_residual;
+  TORCH_CHECK(!residual || residual->sizes() == out.sizes(), "conv_packed: the residual has not the result's shape");
   check_packed(packed, args);
   args.x = x.const_data_ptr<float>();
   args.weight = packed.const_data_ptr<float>();
   args.bias = floats(bias);
-  args.addend = floats(addend);
+  args.residual = floats(residual);
   args.out = out.data_ptr<float>();
   args.threads = at::get_num_threads();
-  ON_CPU(convolve, args);
+  ON_CPU(conv_bias_residual, args);
   return out;
 }
 
@@ -67,7 +67,7 @@ Tensor convolve(const Tensor& input, const Tensor& packed, const OptionalTensor&
 Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias, int64_t outputs) {
   const Tensor x = input.contiguous();
   auto sizes = x.sizes().vec();
-  ConvolveArgs args{};
+  ConvArgs args{};
   args.samples = args.height = args.out_height = 1;
   args.channels = sizes.back();
   args.width = args.out_width = x.numel() / args.channels;
@@ -81,7 +81,7 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor&
   args.bias = floats(bias);
   args.out = out.data_ptr<float>();
   args.threads = at::get_num_threads();
-  ON_CPU(convolve, args);
+  ON_CPU(conv_bias_residual, args);
   return out;
 }
 
@@ -89,7 +89,7 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor&
 
 void register_convolution(py::module_& m) {
   m.def("pack_weight", &pack_weight);
-  m.def("convolve", &convolve);
+  m.def("conv_packed", &conv_packed);
   m.def("multiply", &multiply);
 }
 

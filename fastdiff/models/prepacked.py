@@ -121,7 +121,7 @@ def _convolve(
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
         outputs = len(weight) * (4 if geometry is _PHASES else 1)
-        y: Tensor = extension.convolve(x, packed, bias, addend, outputs, taps, stride, padding)
+        y: Tensor = extension.conv_packed(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
     shape = tuple(x.shape)
     packed = held.at(

@@ -19,14 +19,14 @@ struct Pixel {
   int64_t top, left;
 };
 
-Pixel pixel(const ConvolveArgs& args, int64_t index) {
+Pixel pixel(const ConvArgs& args, int64_t index) {
   const int64_t column = index % args.out_width, row = index / args.out_width;
   return {args.x + row / args.out_height * args.height * args.width * args.channels,
           row % args.out_height * args.stride[0] - args.padding[0], column * args.stride[1] - args.padding[1]};
 }
 
 // to[0 .. count): what the products from `first` on read for one pixel, tap by tap and channel by channel.
-void gather(const ConvolveArgs& args, const Pixel& at, int64_t first, int64_t count, float* to) {
+void gather(const ConvArgs& args, const Pixel& at, int64_t first, int64_t count, float* to) {
   int64_t tap = first / args.channels, channel = first % args.channels;
   while (count > 0) {
     const int64_t run = smaller(count, args.channels - channel);
@@ -40,22 +40,22 @@ void gather(const ConvolveArgs& args, const Pixel& at, int64_t first, int64_t co
   }
 }
 
-// What a tile's sums are added to, and where: in the first chunk the bias and the addend, later the result so far.
+// What a tile's sums are added to, and where: in the first chunk the bias and the residual, later the result so far.
 struct Target {
-  const float *bias, *addend;
+  const float *bias, *residual;
   float* out;
   int64_t stride, columns;
   bool first;
 
   float base(int64_t row, int64_t column) const {
     if (!first) return out[row * stride + column];
-    return (bias ? bias[column] : 0.0f) + (addend ? addend[row * stride + column] : 0.0f);
+    return (bias ? bias[column] : 0.0f) + (residual ? residual[row * stride + column] : 0.0f);
   }
 
   Floats bases(int64_t row, int64_t column) const {
     if (!first) return get(out + row * stride + column);
     const Floats start = bias ? get(bias + column) : Floats{};
-    return addend ? start + get(addend + row * stride + column) : start;
+    return residual ? start + get(residual + row * stride + column) : start;
   }
 
   void add(int64_t row, int64_t column, Floats sum) const {
@@ -106,7 +106,7 @@ void multiply_panel(const float* a, int64_t rows, const float* b, int64_t steps,
 
 // A matrix product of gathered pixels (rows) with the packed weight. Sums of CHUNK products are made in registers and
 // added up in the result: their rounding errors grow with the root of CHUNK, not of all products.
-void convolve(const ConvolveArgs& args) {
+void conv_bias_residual(const ConvArgs& args) {
   const int64_t pixels = args.samples * args.out_height * args.out_width;
   const int64_t depth = args.taps[0] * args.taps[1] * args.channels, panels = ceil_divide(args.outputs, PANEL);
   const int64_t blocks = ceil_divide(pixels, BLOCK), rows = ceil_divide(pixels, blocks);
@@ -125,7 +125,7 @@ void convolve(const ConvolveArgs& args) {
       for (int64_t r = 0; r < count; ++r) gather(args, places[r], k, steps, gathered + r * ROW);
       for (int64_t panel = start; panel < end; ++panel) {
         const int64_t first = panel * PANEL, offset = begin * args.outputs + first;
-        const Target target{args.bias ? args.bias + first : nullptr, args.addend ? args.addend + offset : nullptr,
+        const Target target{args.bias ? args.bias + first : nullptr, args.residual ? args.residual + offset : nullptr,
                             args.out + offset, args.outputs, smaller(PANEL, args.outputs - first), k == 0};
         multiply_panel(gathered, count, args.weight + (panel * depth + k) * PANEL, steps, target);
       }
