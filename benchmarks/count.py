@@ -96,6 +96,8 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if func._schema.name == "fastdiff::upsample_conv":
         # Every pixel of the result is a sum over 2 x 2 pixels of the small map.
         return 2 * out.numel() * args[0].shape[1] * 4
+    if func._schema.name == "fastdiff::conv_bias_residual":
+        return 2 * out.numel() * args[1][0].numel()
     # A product that is added in place counts as the one that is not.
     plain = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").rstrip("_"), None)
     formula = flop_registry.get(func._overloadpacket) or flop_registry.get(plain)

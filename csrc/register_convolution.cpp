@@ -1,5 +1,5 @@
-// Convolutions and products of float32 on the CPU whose weights were packed. Arguments were checked by
-// fastdiff/models/prepacked.py.
+// Convolutions and products on the CPU, of weights that were packed before or are packed for the call. Arguments were
+// checked in fastdiff/ops and fastdiff/models/prepacked.py.
 #include "tensors.h"
 
 namespace fastdiff {
@@ -53,6 +53,7 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed, const OptionalTens
       own_residual ? OptionalTensor(own_residual->contiguous(at::MemoryFormat::ChannelsLast)) : own_residual;
   TORCH_CHECK(!residual || residual->sizes() == out.sizes(), "conv_packed: the residual has not the result's shape");
   check_packed(packed, args);
+  if (out.numel() == 0) return out;
   args.x = x.const_data_ptr<float>();
   args.weight = packed.const_data_ptr<float>();
   args.bias = floats(bias);
@@ -61,6 +62,17 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed, const OptionalTens
   args.threads = at::get_num_threads();
   ON_CPU(conv_bias_residual, args);
   return out;
+}
+
+// The products are float32's: what is narrower is widened for them, and the result rounded once.
+Tensor conv_bias_residual(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual, const std::array<int64_t, 2>& stride,
+                          const std::array<int64_t, 2>& padding) {
+  const auto wide = [](const OptionalTensor& x) { return x ? OptionalTensor(x->to(at::kFloat)) : x; };
+  const Tensor x = dense(input);
+  const Tensor y = conv_packed(*wide(x), pack_weight(*wide(weight)), wide(bias), wide(residual), weight.size(0),
+                               {weight.size(2), weight.size(3)}, stride, padding);
+  return y.to(x.options(), /*non_blocking=*/false, /*copy=*/false, layout_of(x));
 }
 
 // x (..., C) -> (..., outputs).
@@ -88,6 +100,7 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor&
 }  // namespace
 
 void register_convolution(py::module_& m) {
+  m.def("conv_bias_residual", &conv_bias_residual);
   m.def("pack_weight", &pack_weight);
   m.def("conv_packed", &conv_packed);
   m.def("multiply", &multiply);

@@ -20,7 +20,7 @@ OPERATORS = (
     *("sampler_step", "add_noise", "philox_normal", "group_norm_silu", "attention"),
     *("guidance_weights", "dynamic_threshold", "langevin_step_size"),
     *("geglu", "layer_norm_modulate"),
-    "upsample_conv",
+    *("conv_bias_residual", "upsample_conv"),
 )
 
 detours = int(os.environ.get("FASTDIFF_BACKEND", "") not in ("", "native"))

@@ -27,11 +27,11 @@ MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "f
 
 NO_CUDA = {
     *("attention", "guidance_weights", "dynamic_threshold", "langevin_step_size"),
-    *("geglu", "layer_norm_modulate", "upsample_conv"),
+    *("geglu", "layer_norm_modulate", "conv_bias_residual", "upsample_conv"),
 }
 """Operators that run on Triton on a GPU and have no CUDA C++ kernel."""
 
-HOST_ONLY = {"torch_normal", "langevin_correct", "conv_bias_residual"}
+HOST_ONLY = {"torch_normal", "langevin_correct"}
 """Compiled functions that are no operators: they stand in for functions of PyTorch on the CPU, and leave every other
 call to them."""
 

@@ -151,6 +151,7 @@ def _ordinary_call(name: str, device: torch.device) -> tuple[Any, ...]:
         "langevin_step_size": (x, x, torch.zeros(1, 32, device=device), 0, None, None, None, seeds, 0.16),
         "geglu": (x,),
         "layer_norm_modulate": (x, *(None,) * 4, 1e-5, None, None, False),
+        "conv_bias_residual": (x, torch.zeros(32, 32, 3, 3, device=device), weight, x, [1, 1], [1, 1]),
         "upsample_conv": (x, torch.zeros(4 * 32, 32, 2, 2, device=device), weight),
     }
     return calls[name]

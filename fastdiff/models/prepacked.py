@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.ops import fold_upsample, native
+from fastdiff.ops.torch_library import onednn_dtypes
 
 __all__ = ["Packs", "apply", "convolve", "convolve_both", "convolve_doubled", "doubles", "products", "takes"]
 
@@ -186,21 +186,8 @@ def _extension() -> Any:
     return None if isinstance(found, str) else found
 
 
-@cache
-def _dtypes() -> frozenset[torch.dtype]:
-    """What oneDNN multiplies on this machine."""
-    if not torch.backends.mkldnn.is_available():
-        return frozenset()
-    found = {torch.float32}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        found.add(torch.bfloat16)
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        found.add(torch.float16)
-    return frozenset(found)
-
-
 def _fits(x: Tensor) -> bool:
-    if type(x) is not Tensor or x.dtype not in _dtypes() or x.numel() == 0 or not torch.backends.mkldnn.enabled:
+    if type(x) is not Tensor or x.dtype not in onednn_dtypes() or x.numel() == 0 or not torch.backends.mkldnn.enabled:
         return False
     if torch.is_grad_enabled() and x.requires_grad:
         return False

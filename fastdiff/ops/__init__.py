@@ -14,7 +14,7 @@ from fastdiff.noise import STREAM_INITIAL
 from fastdiff.ops import checks, network_checks, reference
 from fastdiff.ops.calling import call as _call
 from fastdiff.ops.calling import explanation, plain_step
-from fastdiff.ops.convolution import fold_upsample, upsample_conv
+from fastdiff.ops.convolution import conv_bias_residual, fold_upsample, upsample_conv
 from fastdiff.ops.dispatch import REGISTERED, Report, report
 from fastdiff.ops.langevin import langevin_correct
 from fastdiff.ops.network import geglu, layer_norm_modulate
@@ -26,6 +26,7 @@ __all__ = [
     "StepOutput",
     "add_noise",
     "attention",
+    "conv_bias_residual",
     "dynamic_threshold",
     "explain",
     "fold_upsample",

@@ -1,6 +1,8 @@
-"""The public functions of convolutions: a 3x3 one after nearest upsampling, and the folding of its weight."""
+"""The public functions of convolutions: one that adds to its result, and a 3x3 one after nearest upsampling."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +10,63 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.ops.calling import call
 from fastdiff.ops.checks import _floating, _same_device, _shape
-from fastdiff.ops.reference import memory_format
+from fastdiff.ops.reference import convolved, memory_format
+
+
+def conv_bias_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+) -> Tensor:
+    """conv(x) + bias + residual, all in one pass: what is added is read where the sums are written.
+
+    y[n, o, i, j] = bias[o] + residual[n, o, i, j]
+                    + sum_{c, r, s} weight[o, c, r, s] * x[n, c, i * stride[0] + r - padding[0],
+                                                                 j * stride[1] + s - padding[1]],
+    where x beyond its edge is 0.
+
+    x: (N, C, H, W) float32, float16 or bfloat16, contiguous or channels-last, the latter being what every backend
+    computes in. weight: (Cout, C, R, S), x's dtype; fastest in channels-last memory on a GPU. bias: (Cout,), x's dtype.
+    residual: the result's shape, x's dtype. stride, padding: pixels, one number or (rows, columns). The result (N,
+    Cout, (H + 2 padding[0] - R) // stride[0] + 1, likewise for columns) has x's dtype and layout. float32 accumulation,
+    one rounding.
+    Errors: InputError for other shapes, dtypes and devices, a weight that is larger than the padded x, a padding below
+    0 and a stride below 1.
+    Source: Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, section 3 (convolution as a product
+    of matrices); He et al., "Deep Residual Learning for Image Recognition", 2016, equation 1 (the residual).
+    """
+    name = "conv_bias_residual"
+    _map(name, x)
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or 0 in weight.shape:
+        raise InputError(
+            f"{name}: weight has shape {tuple(weight.shape)}; expected (Cout, {x.shape[1]}, R, S), of a convolution of "
+            "one group"
+        )
+    stride, padding = _pair(name, "stride", stride, 1), _pair(name, "padding", padding, 0)
+    for d, side in enumerate(("rows", "columns")):
+        padded = x.shape[2 + d] + 2 * padding[d]
+        if weight.shape[2 + d] > padded:
+            raise InputError(
+                f"{name}: weight has {weight.shape[2 + d]} {side}; expected at most the {padded} of x with its padding"
+            )
+    if residual is not None:
+        _shape(name, "residual", residual, convolved(x, weight, stride, padding))
+    _operands(name, x, len(weight), weight=weight, bias=bias, residual=residual)
+    layout = memory_format(x)
+    return call(
+        name,
+        (
+            x.contiguous(memory_format=layout),
+            weight,
+            bias if bias is None else bias.contiguous(),
+            residual if residual is None else residual.contiguous(memory_format=layout),
+            stride,
+            padding,
+        ),
+    )
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,21 +81,14 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Source: Shi et al., "Is the deconvolution layer the same as a convolutional layer?", 2016.
     """
     name = "upsample_conv"
-    _floating(name, "x", x)
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise InputError(f"{name}: x has shape {tuple(x.shape)}; expected (N, C, H, W) with C, H and W at least 1")
+    _map(name, x)
     channels, outputs = x.shape[1], weight.shape[0] // 4 if weight.dim() else 0
     if outputs == 0 or weight.shape != (4 * outputs, channels, 2, 2):
         raise InputError(
             f"{name}: weight has shape {tuple(weight.shape)}; expected (4 * Cout, {channels}, 2, 2); "
             "pass fold_upsample(weight of the 3x3 convolution)"
         )
-    if bias is not None:
-        _shape(name, "bias", bias, (outputs,))
-    for argument, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise InputError(f"{name}: {argument} is {value.dtype}; expected {x.dtype} (as x)")
-    _same_device(name, x, weight=weight, bias=bias)
+    _operands(name, x, outputs, weight=weight, bias=bias)
     x = x.contiguous(memory_format=memory_format(x))
     return call(name, (x, weight, bias if bias is None else bias.contiguous()))
 
@@ -66,3 +117,30 @@ def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The two taps of an even output along `dim`, and those of an odd one."""
     first, middle, last = weight.unbind(dim)
     return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)
+
+
+def _map(name: str, x: Tensor) -> None:
+    _floating(name, "x", x)
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise InputError(f"{name}: x has shape {tuple(x.shape)}; expected (N, C, H, W) with C, H and W at least 1")
+
+
+def _operands(name: str, x: Tensor, outputs: int, **others: Tensor | None) -> None:
+    """What x is multiplied with and what is added: x's dtype and device, and one bias for each output."""
+    bias = others["bias"]
+    if bias is not None:
+        _shape(name, "bias", bias, (outputs,))
+    for argument, value in others.items():
+        if value is not None and value.dtype != x.dtype:
+            raise InputError(f"{name}: {argument} is {value.dtype}; expected {x.dtype} (as x)")
+    _same_device(name, x, **others)
+
+
+def _pair(name: str, argument: str, value: int | Sequence[int], least: int) -> list[int]:
+    """The numbers for rows and columns."""
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or any(not isinstance(each, int) or each < least for each in pair):
+        raise InputError(
+            f"{name}: {argument} is {value!r}; expected an integer of at least {least}, or two (rows, columns)"
+        )
+    return pair

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastdiff.ops.reference import memory_format
 from fastdiff.ops.registry import Backend, KernelBackend, noise_dtype, sample_size
+from fastdiff.ops.torch_library import onednn_dtypes
 
 ON_CUDA = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu")
 """Operators with a CUDA C++ kernel; the others run on Triton there."""
@@ -137,6 +138,11 @@ def _group_norm_silu_limits(x: Tensor, groups: int, *args: Any) -> str | None:
     return None
 
 
+def _conv_bias_residual_cedes(x: Tensor, *_: Any) -> bool:
+    """Half-precision products are float32's here; oneDNN has instructions for them on processors that do."""
+    return x.dtype in onednn_dtypes() and x.dtype != torch.float32
+
+
 BACKENDS: dict[str, Backend] = {
     "sampler_step": _Native("sampler_step", 2),
     "add_noise": _Native("add_noise", 1),
@@ -148,5 +154,6 @@ BACKENDS: dict[str, Backend] = {
     "langevin_step_size": _Native("langevin_step_size", 2, noise_dtype),
     "geglu": _Native("geglu", 1),
     "layer_norm_modulate": _Native("layer_norm_modulate", 1),
+    "conv_bias_residual": _Native("conv_bias_residual", 2, cedes=_conv_bias_residual_cedes),
     "upsample_conv": _Native("upsample_conv", 2),
 }

@@ -136,6 +136,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def conv_bias_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: list[int], padding: list[int]
+) -> Tensor:
+    y = F.conv2d(wide(x), wide(weight), None if bias is None else wide(bias), stride, padding)
+    if residual is not None:
+        y = y + wide(residual)
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def convolved(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int, int, int]:
+    """The shape of the result of `conv_bias_residual`."""
+    rows, columns = ((x.shape[2 + d] + 2 * padding[d] - weight.shape[2 + d]) // stride[d] + 1 for d in range(2))
+    return x.shape[0], weight.shape[0], rows, columns
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     each = None if bias is None else wide(bias).repeat(4)
     return interleave_phases(F.conv2d(wide(x), wide(weight), each, padding=1), x)

@@ -134,6 +134,11 @@ def _fake_sampler_step(x: Tensor, model_output: Tensor, *args: Any) -> tuple[Ten
     )
 
 
+def _fake_conv_bias_residual(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    shape = reference.convolved(x, weight, *args[-2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
 def _fake_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = (x.shape[0], weight.shape[0] // 4, 2 * x.shape[2], 2 * x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -220,6 +225,12 @@ OPERATORS = {
             " Tensor? gate, bool return_sum) -> (Tensor, Tensor)",
             network_reference.layer_norm_modulate,
             _fake_layer_norm_modulate,
+        ),
+        Operator(
+            "conv_bias_residual",
+            "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding) -> Tensor",
+            reference.conv_bias_residual,
+            _fake_conv_bias_residual,
         ),
         Operator(
             "upsample_conv",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.ops.reference import interleave_phases
+from fastdiff.ops.reference import interleave_phases, memory_format
 from fastdiff.ops.registry import Backend
 
 
@@ -34,6 +36,54 @@ class _Attention:
         return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+@cache
+def onednn_dtypes() -> frozenset[torch.dtype]:
+    """What oneDNN multiplies on this machine's CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    found = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found.add(torch.bfloat16)
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        found.add(torch.float16)
+    return frozenset(found)
+
+
+class _ConvBiasResidual:
+    name = "torch"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def supports(self, *args: object) -> str | None:
+        return None
+
+    def cedes(self, *args: object) -> bool:
+        return False
+
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+    ) -> Tensor:
+        layout = memory_format(x)
+        if residual is None:
+            y = F.conv2d(x, weight, bias, stride, padding)
+        elif x.is_cpu and x.dtype in onednn_dtypes() and torch.backends.mkldnn.enabled and len(x):
+            # Only of channels-last maps does it add before it rounds.
+            x, residual = (value.contiguous(memory_format=torch.channels_last) for value in (x, residual))
+            y = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, weight, bias, padding, stride, [1, 1], 1, "add", None, None, [], None
+            )
+        else:
+            y = F.conv2d(x, weight, bias, stride, padding).add_(residual)
+        return y.contiguous(memory_format=layout)
+
+
 class _UpsampleConv:
     name = "torch"
 
@@ -51,4 +101,8 @@ class _UpsampleConv:
         return interleave_phases(F.conv2d(x, weight, each, padding=1), x)
 
 
-BACKENDS: dict[str, Backend] = {"attention": _Attention(), "upsample_conv": _UpsampleConv()}
+BACKENDS: dict[str, Backend] = {
+    "attention": _Attention(),
+    "conv_bias_residual": _ConvBiasResidual(),
+    "upsample_conv": _UpsampleConv(),
+}

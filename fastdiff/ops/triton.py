@@ -75,6 +75,10 @@ def _layer_norm_limits(x: Tensor, *_: Any) -> str | None:
     return None
 
 
+def _conv_bias_residual_cedes(x: Tensor, weight: Tensor, *_: Any) -> bool:
+    return x.dtype == torch.float32
+
+
 def _upsample_conv_cedes(x: Tensor, *_: Any) -> bool:
     """float32 products run on no tensor core of ours; cuDNN has kernels for them."""
     return x.dtype == torch.float32
@@ -91,5 +95,6 @@ BACKENDS: dict[str, Backend] = {
     "langevin_step_size": _Triton("langevin_step_size", 2, noise_dtype),
     "geglu": _Triton("geglu", 1),
     "layer_norm_modulate": _Triton("layer_norm_modulate", 1, _layer_norm_limits),
+    "conv_bias_residual": _Triton("conv_bias_residual", 2, cedes=_conv_bias_residual_cedes),
     "upsample_conv": _Triton("upsample_conv", 2, cedes=_upsample_conv_cedes),
 }
