@@ -138,7 +138,7 @@ def _operands(name: str, x: Tensor, outputs: int, **others: Tensor | None) -> No
 
 def _pair(name: str, argument: str, value: int | Sequence[int], least: int) -> list[int]:
     """The numbers for rows and columns."""
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
     if len(pair) != 2 or any(not isinstance(each, int) or each < least for each in pair):
         raise InputError(
             f"{name}: {argument} is {value!r}; expected an integer of at least {least}, or two (rows, columns)"

@@ -16,7 +16,7 @@ FILES = (
     *("test_sampler_step.py", "test_sampler_step_guidance.py", "test_sampler_step_kept.py"),
     *("test_guidance_weights.py", "test_dynamic_threshold.py", "test_langevin_step_size.py"),
     *("test_geglu.py", "test_layer_norm_modulate.py"),
-    "test_upsample_conv.py",
+    *("test_conv_bias_residual.py", "test_upsample_conv.py"),
 )
 LESSER = {"AVX2": ("default",), "AVX512": ("default", "avx2")}
 
