@@ -33,7 +33,7 @@ LATENTS = ((1, 4, 64, 64), (2, 4, 128, 128))
 STEPS = ("ddim", "dpmpp_2m", "unipc")
 NORMS = ((4, 256, 32, 32), (2, 640, 32, 32), (2, 320, 64, 64))
 LAYOUTS = ("contiguous", "channels_last")
-JOINED_NORMS = ((2, 960, 32, 32), (2, 1920, 16, 16))
+JOINED_NORMS = ((2, 640, 64, 64), (2, 960, 64, 64), (2, 960, 32, 32), (2, 1920, 16, 16))
 HEADS = ((2, 8, 1024, 40), (2, 8, 256, 80))
 ATTENTIONS = ("self", "masked", "cross77")
 NOISED = (16, 4, 64, 64)
@@ -44,6 +44,7 @@ PREPASSES = (
     ("dynamic_threshold", "quantile"),
     *(("langevin_step_size", noise) for noise in NOISE),
 )
+CONVOLVED = ((4, 256, 16, 16), (2, 640, 32, 32), (1, 512, 64, 64))
 UPSAMPLED = ((1, 64, 32, 32), (2, 640, 16, 16), (1, 256, 64, 64))
 NORMALS = ((1, 4, 64, 64), (8, 4, 128, 128))
 GATED = ((2, 4096, 2560), (2, 256, 10240))
@@ -121,6 +122,12 @@ CASES = (
         Case("layer_norm_modulate", kind, shape, dtype, quick=(shape, dtype) == (shapes[-1], "float32"))
         for kind, shapes in TOKENS.items()
         for shape in shapes
+        for dtype in DTYPES
+    ),
+    *(
+        Case("conv_bias_residual", layout, shape, dtype, quick=(shape, dtype) == (CONVOLVED[0], "bfloat16"))
+        for shape in CONVOLVED
+        for layout in LAYOUTS
         for dtype in DTYPES
     ),
     *(

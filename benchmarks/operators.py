@@ -156,6 +156,31 @@ def guidance_weights(case: Case, device: torch.device) -> Work:
     )
 
 
+def conv_bias_residual(case: Case, device: torch.device) -> Work:
+    """The last convolution of a ResNet block, 3x3, as many channels out as in, its weight in x's layout."""
+    dtype = getattr(torch, case.dtype)
+    layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[case.variant]
+    batch, channels, height, width = case.shape
+    x, residual = (
+        normal(*case.shape, seed=seed, dtype=dtype, device=device).contiguous(memory_format=layout) for seed in (0, 3)
+    )
+    weight = normal(channels, channels, 3, 3, seed=1, dtype=torch.float32, device=device) / (3 * channels**0.5)
+    weight, bias = weight.to(dtype, memory_format=layout), normal(channels, seed=2, dtype=dtype, device=device)
+
+    def pytorch() -> Tensor:
+        return residual + F.conv2d(x, weight, bias, padding=1)
+
+    wide = (value.double() for value in (x, weight, bias, residual))
+    return Work(
+        peers={"pytorch": pytorch},
+        ours=lambda: ops.conv_bias_residual(x, weight, bias, residual, padding=1),
+        truth=reference.conv_bias_residual(*wide, [1, 1], [1, 1]),
+        plain=pytorch(),
+        traffic=3 * size(x) + size(weight),
+        flops=2 * 9 * batch * height * width * channels**2,
+    )
+
+
 def upsample_conv(case: Case, device: torch.device) -> Work:
     """As many channels out as in, the convolution's weight in x's layout."""
     dtype = getattr(torch, case.dtype)
@@ -271,6 +296,7 @@ BUILDERS: dict[str, Callable[[Case, torch.device], Work]] = {
     "langevin_step_size": langevin_step_size,
     "geglu": network.geglu,
     "layer_norm_modulate": network.layer_norm_modulate,
+    "conv_bias_residual": conv_bias_residual,
     "upsample_conv": upsample_conv,
     "torch_normal": torch_normal,
 }
