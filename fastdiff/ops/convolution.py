@@ -31,8 +31,9 @@ def conv_bias_residual(
     x: (N, C, H, W) float32, float16 or bfloat16, contiguous or channels-last, the latter being what every backend
     computes in. weight: (Cout, C, R, S), x's dtype; fastest in channels-last memory on a GPU. bias: (Cout,), x's dtype.
     residual: the result's shape, x's dtype. stride, padding: pixels, one number or (rows, columns). The result (N,
-    Cout, (H + 2 padding[0] - R) // stride[0] + 1, likewise for columns) has x's dtype and layout. float32 accumulation,
-    one rounding.
+    Cout, (H + 2 padding[0] - R) // stride[0] + 1, likewise for columns) has x's dtype and layout. float32 accumulation.
+    The sum is rounded once; where PyTorch's kernels run, on a contiguous x and on a GPU, before the residual is added
+    as well.
     Errors: InputError for other shapes, dtypes and devices, a weight that is larger than the padded x, a padding below
     0 and a stride below 1.
     Source: Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, section 3 (convolution as a product

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdiff.ops.reference import memory_format
 from fastdiff.ops.registry import Backend, KernelBackend, noise_dtype, sample_size
-from fastdiff.ops.torch_library import onednn_dtypes
+from fastdiff.ops.torch_library import onednn_multiplies
 
 ON_CUDA = ("sampler_step", "add_noise", "philox_normal", "group_norm_silu")
 """Operators with a CUDA C++ kernel; the others run on Triton there."""
@@ -139,8 +139,9 @@ def _group_norm_silu_limits(x: Tensor, groups: int, *args: Any) -> str | None:
 
 
 def _conv_bias_residual_cedes(x: Tensor, *_: Any) -> bool:
-    """Half-precision products are float32's here; oneDNN has instructions for them on processors that do."""
-    return x.dtype in onednn_dtypes() and x.dtype != torch.float32
+    """oneDNN is as fast in float32, where networks pack a weight once and here it is packed anew, and has instructions
+    for narrower products, which are float32's here."""
+    return onednn_multiplies(x)
 
 
 BACKENDS: dict[str, Backend] = {

@@ -49,6 +49,10 @@ def onednn_dtypes() -> frozenset[torch.dtype]:
     return frozenset(found)
 
 
+def onednn_multiplies(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in onednn_dtypes() and x.numel() > 0 and bool(torch.backends.mkldnn.enabled)
+
+
 class _ConvBiasResidual:
     name = "torch"
 
@@ -73,9 +77,7 @@ class _ConvBiasResidual:
         layout = memory_format(x)
         if residual is None:
             y = F.conv2d(x, weight, bias, stride, padding)
-        elif x.is_cpu and x.dtype in onednn_dtypes() and torch.backends.mkldnn.enabled and len(x):
-            # Only of channels-last maps does it add before it rounds.
-            x, residual = (value.contiguous(memory_format=torch.channels_last) for value in (x, residual))
+        elif onednn_multiplies(x) and layout == torch.channels_last:
             y = torch.ops.mkldnn._convolution_pointwise.binary(
                 x, residual, weight, bias, padding, stride, [1, 1], 1, "add", None, None, [], None
             )
