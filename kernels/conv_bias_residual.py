@@ -78,8 +78,8 @@ def conv_bias_residual_kernel(
     if BIAS:
         total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
 
-    starts = sample * stride_n + row * stride_h + column * stride_w
-    offsets = starts[:, None] + (output * stride_c)[None, :]
+    starts = sample * stride_n + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    offsets = starts[:, None] + (output.to(tl.int64) * stride_c)[None, :]
     inside = (pixel < pixels)[:, None] & (output < outputs)[None, :]
     if RESIDUAL:
         total += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -87,7 +87,7 @@ def conv_bias_residual_kernel(
 
 
 PROGRAMS = 128
-"""Of large blocks: with fewer, processors of the GPU stand idle, and small blocks reach more of them."""
+"""Of large blocks; with fewer, much of the GPU stands idle, and small blocks reach more of it."""
 
 
 def blocks(dtype: torch.dtype, pixels: int, outputs: int) -> tuple[int, int, int, int, int]:
