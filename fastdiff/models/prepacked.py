@@ -15,6 +15,7 @@ from fastdiff.models.arena import outside
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites
+from fastdiff.models.winograd import tile
 from fastdiff.ops import fold_upsample, native
 from fastdiff.ops.torch_library import onednn_dtypes
 
@@ -93,6 +94,9 @@ def convolve(
 
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
+    if x.dtype == torch.float32 and tile(x.shape, len(conv.weight), _geometry(conv), doubled=True):
+        plain_bias = conv.bias if bias else None
+        return _convolve(conv.weight, plain_bias, lambda: conv.weight, x, _geometry(conv), packs, doubled=True)
     own_bias = conv.bias.repeat(4) if bias and conv.bias is not None else None
     phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs)
     doubled: Tensor = _extension().interleave(phases)
@@ -113,14 +117,22 @@ def _convolve(
     *,
     addend: Tensor | None = None,
     part: int = 0,
+    doubled: bool = False,
 ) -> Tensor:
-    """The convolution of x with what `make` makes of `weight`; geometry: taps, stride, padding, dilation, groups."""
+    """The convolution of x with what `make` makes of `weight`; geometry: taps, stride, padding, dilation, groups.
+
+    doubled: of x at twice its size, for what `tile` finds tiles for.
+    """
     taps, stride, padding, dilation, groups = geometry
     held: Packed = packs.get((geometry, part), (weight,), Packed)
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
         outputs = len(weight) * (4 if geometry is _PHASES else 1)
+        size = tile(x.shape, outputs, geometry, doubled=doubled)
+        if size:
+            filtered: Tensor = extension.winograd(x, packed, bias, addend, outputs, padding, size, doubled)
+            return filtered
         y: Tensor = extension.conv_packed(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
     shape = tuple(x.shape)
