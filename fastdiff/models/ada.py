@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastdiff.models.context import Context, Time
@@ -30,7 +31,7 @@ class AdaNorm(nn.Module):
         time = self.project(context.time, context) if context.projected is None else context.projected[self]
         assert time is not None
         a, b = time[:, :, None, None].chunk(2, dim=1)
-        return normed(self, x, context, second=second) * (1 + a) + b
+        return torch.addcmul(b, normed(self, x, context, second=second), 1 + a)
 
     def project(self, time: Time | None, context: Context) -> Tensor | None:
         """[a, b], (N, 2 C)."""

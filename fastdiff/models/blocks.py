@@ -124,7 +124,7 @@ class ResnetBlock(nn.Module):
         h = normed(self.norm2, h, context, addend=addend)
         if self.scale_shift and time is not None:
             a, b = time[:, :, None, None].chunk(2, dim=1)
-            h = h * (1 + a) + b
+            h = torch.addcmul(b, h, 1 + a)
         return h if self.norm2.silu else self.act(h)
 
 

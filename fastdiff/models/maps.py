@@ -30,6 +30,8 @@ class Norm(Protocol):
 class Sum:
     """a + b of two maps, made where it is first read: by a norm, which writes it while it reads a and b, or by itself.
 
+    By itself is what is left where a convolution reads it, or a norm that reads a stored map beside it, since a norm
+    reads two maps and not three. On the CPU the product that makes b has added a already, and there is no `Sum`.
     A block that ends with a residual sum gives one of these. Whoever stores it as well sees the sum that the next
     block's norm has made.
     """
