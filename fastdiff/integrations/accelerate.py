@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.integrations.patch import patch_scheduler, unpatch_scheduler
-from fastdiff.models.conversion import Conversion, entry
+from fastdiff.models.conversion import Conversion, Part, Whole, entry
 from fastdiff.models.convert import converter
 from fastdiff.models.forward import Forward, foreign, remove
 from fastdiff.models.fused import Parts
@@ -163,7 +163,7 @@ def _walk(
     if _is_ours(module):
         plan.ours.append(module)
         return
-    if converter(module) is not None:
+    if converter(module) is not None or entry(module) is not None:
         _convert(plan, name, module, rewrites)
         return
     kind = replacement(module)
@@ -177,20 +177,32 @@ def _walk(
 
 
 def _convert(plan: _Plan, name: str, module: nn.Module, rewrites: Rewrites) -> None:
-    title = _title(name, module)
-    present = entry(module)
-    conversion = Conversion(module, title, rewrites) if present is None else present.conversion
+    kind: Any = converter(module)
+    # A part may be met without the whole that it was converted with.
+    config: Any = getattr(module, "config", None)
+    parts: dict[nn.Module, Part | None] = {
+        module.get_submodule(path): Part(type(module), dict(config), path) for path in (kind.parts if kind else ())
+    } or {module: None}
+    present = [found.conversion for part in parts if (found := entry(part)) is not None]
+    whole = present[0].whole if present else Whole(_title(name, module))
+    for inner, part in parts.items():
+        found = entry(inner)
+        _choose(plan, Conversion(inner, whole, rewrites, part) if found is None else found.conversion, found is None)
+
+
+def _choose(plan: _Plan, conversion: Conversion, new: bool) -> None:
+    module: Any = conversion.module()
     reason = foreign(module)
     if reason is None:
         try:
             reason = conversion.obstacle()
         except InputError as error:
-            plan.left.append((title, str(error)))
-            return
-        # What stands in the way now may go away.
-        (plan.new if present is None else plan.old).append(conversion)
-    if reason is not None:
-        plan.left.append((title, reason))
+            reason = str(error)
+        else:
+            # What stands in the way now may go away.
+            (plan.new if new else plan.old).append(conversion)
+    if reason is not None and (conversion.name, reason) not in plan.left:
+        plan.left.append((conversion.name, reason))
 
 
 def _title(name: str, module: nn.Module) -> str:

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor, nn
 
 from fastdiff.models.ada import AdaNorm
-from fastdiff.models.attention import PackedAttention, to_map, to_tokens
-from fastdiff.models.blocks import DownStage, ResnetSettings, UpStage
+from fastdiff.models.attention import PackedAttention, projected_onto, to_tokens
+from fastdiff.models.blocks import DownStage, ResnetSettings, UpStage, paired, shortcut
 from fastdiff.models.context import Context
 from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.filters import filter_down, filter_up
-from fastdiff.models.maps import Map, summed, total
-from fastdiff.models.prepacked import apply, convolve
+from fastdiff.models.maps import Map, convolved_onto, total
+from fastdiff.models.prepacked import convolve
 
 __all__ = ["AdaDownStage", "AdaUpStage", "ada_down_stage", "ada_up_stage"]
 
@@ -47,10 +46,11 @@ class AdaResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False) if own_shortcut else None
 
     def forward(self, x: Map, context: Context, skip: Tensor | None = None) -> Map:
-        x = total(x) if skip is None else torch.cat([total(x), skip], dim=1)
-        h = convolve(self.conv1, self.act(self.norm1(x, context)), context.packs)
-        h = convolve(self.conv2, self.dropout(self.act(self.norm2(h, context))), context.packs)
-        return summed(x if self.conv_shortcut is None else apply(self.conv_shortcut, x, context.packs), h, 1.0, context)
+        x, skip = paired(x, skip, self.conv_shortcut, context)
+        h, x = self.norm1(x, context, skip), total(x)
+        h = convolve(self.conv1, self.act(h), context.packs)
+        h = self.dropout(self.act(self.norm2(h, context)))
+        return convolved_onto(shortcut(self.conv_shortcut, x, skip, context), self.conv2, h, 1.0, context)
 
 
 class AdaAttention(nn.Module):
@@ -71,11 +71,11 @@ class AdaAttention(nn.Module):
 
     def forward(self, x: Map, context: Context) -> Map:
         if self.own:
-            attended = self.attn1(to_tokens(self.norm1(x, context)), context, mask=context.mask)
-            x = summed(total(x), to_map(attended, total(x)), 1.0, context)
+            h = self.attn1.attended(to_tokens(self.norm1(x, context)), context, mask=context.mask)
+            x = projected_onto(total(x), self.attn1.to_out[0], h, 1.0, context)
         h = to_tokens(self.norm2(x, context))
-        attended = self.attn2(h, context, context.tokens, context.token_mask)
-        return summed(total(x), to_map(attended, total(x)), 1.0, context)
+        h = self.attn2.attended(h, context, context.tokens, context.token_mask)
+        return projected_onto(total(x), self.attn2.to_out[0], h, 1.0, context)
 
 
 class AdaDownStage(DownStage):

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastdiff.models.attention import PackedAttention, products_of, to_map, to_tokens
+from fastdiff.models.attention import PackedAttention, products_of, projected_onto, to_tokens
 from fastdiff.models.context import Context
-from fastdiff.models.maps import Map, Sum, normed, total
+from fastdiff.models.maps import Map, normed, total
 from fastdiff.models.prepacked import apply
 from fastdiff.nn import GroupNormSiLU
 
@@ -48,12 +48,12 @@ class AddedAttention(PackedAttention):
             q = apply(self.to_q, h, context.packs)
         else:
             q, own_k, own_v = products_of((self.to_q, self.to_k, self.to_v), h, context, context.packs)
+            # Attention reads the keys of one tensor.
             k, v = torch.cat([k, own_k], dim=1), torch.cat([v, own_v], dim=1)
         mask = context.token_mask if context.mask is None else context.mask
         if mask is not None and mask.shape[-1] != k.shape[1]:
             mask = F.pad(mask, (0, h.shape[1]))
-        attended = to_map(self.projected(self.joined(q, k, v, mask), context), x)
-        return Sum(x, attended) if context.rewrites.folded_residual else x + attended
+        return projected_onto(x, self.to_out[0], self.joined(q, k, v, mask), 1.0, context)
 
     def _packs(self) -> tuple[tuple[nn.Module, ...], ...]:
         own = () if self.only_text else ((self.to_q, self.to_k, self.to_v),)

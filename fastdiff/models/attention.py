@@ -1,21 +1,19 @@
-"""Attention over the pixels of a feature map: the plain block, and the transformer with cross-attention."""
+"""Attention over the pixels of a feature map."""
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fastdiff import ops
 from fastdiff.models import packing
 from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
-from fastdiff.models.maps import Map, Sum, normed, scaled, total
+from fastdiff.models.maps import Map, folds, normed, summed, total
 from fastdiff.models.prepacked import Packs, apply, products, takes
-from fastdiff.nn import GEGLU, Attention, GroupNormSiLU
+from fastdiff.nn import Attention, GroupNormSiLU
 
 PROMPTS = 4
 """Texts whose keys and values an attention remembers: a picture's with and without guidance, and those of two runs that
@@ -50,18 +48,19 @@ class PackedAttention(Attention):
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Context, tokens: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
+        attended = self.attended(x, context, tokens, mask)
+        for layer in self.to_out:
+            attended = apply(layer, attended, context.packs)
+        return attended
+
+    def attended(self, x: Tensor, context: Context, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """What `to_out` projects, (B, L, heads * head_dim)."""
         if tokens is None:
             q, k, v = products_of((self.to_q, self.to_k, self.to_v), x, context, context.packs)
         else:
             q = apply(self.to_q, x, context.packs)
             k, v = self.of_text((self.to_k, self.to_v), tokens, context, x.requires_grad)
-        return self.projected(self.joined(q, k, v, mask), context)
-
-    def projected(self, joined: Tensor, context: Context) -> Tensor:
-        """The last layers of what `joined` gives."""
-        for layer in self.to_out:
-            joined = apply(layer, joined, context.packs)
-        return joined
+        return self.joined(q, k, v, mask)
 
     def pack(self) -> None:
         """Lays the projections' parameters side by side now instead of at the first call, where they can be."""
@@ -115,155 +114,26 @@ class SpatialAttention(PackedAttention):
 
     def forward(self, x: Map, context: Context) -> Map:  # type: ignore[override]
         h = total(x) if self.group_norm is None else normed(self.group_norm, x, context)
-        x = total(x)
-        attended = to_map(super().forward(to_tokens(h), context), x)
-        if context.rewrites.folded_residual and context.rewrites.unit_scale and self.scale == 1.0:
-            return Sum(x, attended)
-        return scaled(x + attended, self.scale, context)
+        x, attended = total(x), self.attended(to_tokens(h), context)
+        return projected_onto(x, self.to_out[0], attended, self.scale, context)
 
 
-class FeedForward(nn.Module):
-    """W (GEGLU x) + b, with four times as many hidden channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        # The library's place 1 is a dropout, always zero in a U-Net; the place keeps the parameters' names.
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        if context.rewrites.geglu:
-            h = ops.geglu(apply(self.net[0].proj, x, context.packs))  # type: ignore[arg-type]
-        else:
-            value, gate = apply(self.net[0].proj, x, context.packs).chunk(2, dim=-1)  # type: ignore[arg-type]
-            h = value * F.gelu(gate)
-        return apply(self.net[2], h, context.packs)
+def projected_onto(x: Tensor, layer: nn.Module, tokens: Tensor, scale: float, context: Context) -> Map:
+    """(x + layer(tokens)) / scale for a map x (N, C, H, W): added by the product, else left to the next norm."""
+    if folds(scale, context) and adds(x, layer, tokens, context):
+        return added(x, layer, tokens, context)
+    return summed(x, to_map(apply(layer, tokens, context.packs), x), scale, context)
 
 
-class TransformerBlock(nn.Module):
-    """x += self-attention(norm1 x); x += cross-attention(norm2 x, tokens); x += feed-forward(norm3 x).
-
-    crossed_first: the first attention reads the tokens too (the library's only_cross_attention). gated: between the two
-    attentions is a `Fuser`, which objects go through.
-    forward(x, residual, context) takes and gives a sum that is still to be made, (x, residual): the norm that reads it
-    next makes it. A residual of None stands for zero.
-    """
-
-    def __init__(
-        self, channels: int, *, heads: int, context_channels: int, crossed_first: bool, gated: bool = False
-    ) -> None:
-        super().__init__()
-        head_dim = channels // heads
-        self.crossed_first = crossed_first
-        self.norm1 = nn.LayerNorm(channels)
-        first_source = context_channels if crossed_first else None
-        self.attn1 = PackedAttention(channels, heads=heads, head_dim=head_dim, context_channels=first_source)
-        self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = PackedAttention(channels, heads=heads, head_dim=head_dim, context_channels=context_channels)
-        self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
-        self.fuser = Fuser(channels, heads=heads, object_channels=context_channels) if gated else None
-
-    def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        h, x = add_and_norm(self.norm1, x, residual, context)
-        first = self.attn1(h, context, context.tokens if self.crossed_first else None, context.mask)
-        first = scaled(first, 1.0, context)
-        if self.fuser is not None and context.objects is not None and self.fuser.enabled:
-            x, first = self.fuser(first + x, context)
-        h, x = add_and_norm(self.norm2, x, first, context)
-        second = self.attn2(h, context, context.tokens, context.token_mask)
-        h, x = add_and_norm(self.norm3, x, scaled(second, 1.0, context), context)
-        return x, self.ff(h, context)
+def adds(x: Tensor, layer: nn.Module, tokens: Tensor, context: Context) -> bool:
+    """Whether the layer's product of the tokens adds the map x as it writes its result."""
+    dense = x.is_contiguous(memory_format=torch.channels_last)
+    return dense and x.dtype == tokens.dtype and takes((layer,), tokens, context.packs)
 
 
-class Fuser(nn.Module):
-    """x += tanh(alpha_attn) attention(norm1 [x, W objects]); x += tanh(alpha_dense) feed-forward(norm2 x).
-
-    forward(x, context) gives the sum that is still to be made, (x, residual). enabled: whether the objects are looked
-    at, which callers change from step to step.
-    Source: Li et al., "GLIGEN: Open-Set Grounded Text-to-Image Generation", 2023, section 3.
-    """
-
-    def __init__(self, channels: int, *, heads: int, object_channels: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(object_channels, channels)
-        self.attn = PackedAttention(channels, heads=heads, head_dim=channels // heads)
-        self.ff = FeedForward(channels)
-        self.norm1 = nn.LayerNorm(channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.alpha_attn = nn.Parameter(torch.tensor(0.0))
-        self.alpha_dense = nn.Parameter(torch.tensor(0.0))
-        self.enabled = True
-
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        assert context.objects is not None
-        seen = torch.cat([x, apply(self.linear, context.objects, context.packs)], dim=1)
-        attended = self.attn(self.norm1(seen), context)[:, : x.shape[1]]
-        h, x = add_and_norm(self.norm2, x, self.alpha_attn.tanh() * attended, context)
-        return x, self.alpha_dense.tanh() * self.ff(h, context)
-
-
-class Transformer(nn.Module):
-    """x + proj_out(blocks(proj_in(group_norm(x)))) over the pixels of x (N, C, H, W).
-
-    linear: whether the projections' weights are stored as (C, C) or as those of 1x1 convolutions (C, C, 1, 1). Between
-    them are heads * (channels // heads) channels.
-    The result may be given as a `Sum`.
-    Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, section 3.3.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        heads: int,
-        layers: int,
-        context_channels: int,
-        groups: int,
-        linear: bool,
-        crossed_first: bool,
-        gated: bool = False,
-    ) -> None:
-        super().__init__()
-        self.linear = linear
-        inner = channels // heads * heads
-        self.norm = GroupNormSiLU(groups, channels, eps=1e-6, silu=False)
-        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(
-                inner, heads=heads, context_channels=context_channels, crossed_first=crossed_first, gated=gated
-            )
-            for _ in range(layers)
-        )
-        self.proj_out = nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1)
-
-    def forward(self, x: Map, context: Context) -> Map:
-        h, x = normed(self.norm, x, context), total(x)
-        tokens, residual = self._project(self.proj_in, to_tokens(h), x, context), None
-        for block in self.transformer_blocks:
-            tokens, residual = block(tokens, residual, context)
-        if residual is not None:
-            tokens = tokens + residual
-        out = to_map(self._project(self.proj_out, tokens, x, context), x)
-        return Sum(x, out) if context.rewrites.folded_residual else x + out
-
-    def _project(self, layer: nn.Module, tokens: Tensor, like: Tensor, context: Context) -> Tensor:
-        if context.packs is not None and takes((layer,), tokens, context.packs):
-            return products((layer,), tokens, context.packs)
-        if is_plain(layer):
-            # A 1x1 convolution is a linear layer: applied to tokens it needs no change of layout.
-            return F.linear(tokens, layer.weight.flatten(1), layer.bias)  # type: ignore[arg-type, operator]
-        return layer(tokens) if self.linear else to_tokens(layer(to_map(tokens, like)))
-
-
-def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-    """(norm(h), h) with h = x + residual, or x without a residual; x (N, L, C)."""
-    if residual is None:
-        return norm(x), x
-    # Under autocast the two may differ in dtype.
-    if context.rewrites.add_layer_norm and is_plain_norm(norm) and residual.dtype == x.dtype:
-        return ops.layer_norm_modulate(x, norm.weight, norm.bias, eps=norm.eps, residual=residual, return_sum=True)
-    x = residual + x
-    return norm(x), x
+def added(x: Tensor, layer: nn.Module, tokens: Tensor, context: Context) -> Tensor:
+    """x + layer(tokens), for what `adds` allows."""
+    return to_map(products((layer,), tokens, cast(Packs, context.packs), addend=to_tokens(x)), x)
 
 
 def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:

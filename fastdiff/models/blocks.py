@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from fastdiff.models.context import Context, Time
 from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.filters import filter_down, filter_up
 from fastdiff.models.leaf import is_plain
-from fastdiff.models.maps import Map, normed, settled, summed, total
+from fastdiff.models.maps import Map, convolved_onto, normed, settled, total
 from fastdiff.models.prepacked import apply, convolve, convolve_both, convolve_doubled, doubles, takes
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
@@ -77,8 +78,7 @@ class ResnetBlock(nn.Module):
         self._folded = Cache(1)
 
     def forward(self, x: Map, context: Context, skip: Tensor | None = None, size: torch.Size | None = None) -> Map:
-        if skip is not None and not self._splits(total(x), skip, context):
-            x, skip = torch.cat([total(x), skip], dim=1), None
+        x, skip = paired(x, skip, self.conv_shortcut, context)
         h, x = normed(self.norm1, x, context, second=skip), total(x)
         if not self.norm1.silu:
             h = self.act(h)
@@ -93,11 +93,9 @@ class ResnetBlock(nn.Module):
         else:
             h = convolve(self.conv1, h, context.packs, bias=bias)
         h = self._normed_with_time(h, None if bias else self.conv1.bias, context)
-        h, x = self.dropout(h), self._shortcut(x, skip, context)
-        if self.scale == 1.0 and takes((self.conv2,), h, context.packs) and x.dtype == h.dtype:
-            # The convolution adds it as it writes its result.
-            return convolve(self.conv2, h, context.packs, addend=x)
-        return summed(x, apply(self.conv2, h, context.packs), self.scale, context)
+        return convolved_onto(
+            shortcut(self.conv_shortcut, x, skip, context), self.conv2, self.dropout(h), self.scale, context
+        )
 
     def project(self, time: Time | None, context: Context) -> Tensor | None:
         """The time (N, time_channels) as norm2 takes it: what is added before it, or with scale_shift [a, b]."""
@@ -115,28 +113,6 @@ class ResnetBlock(nn.Module):
         """Whether conv1's bias is added where norm2 reads."""
         return context.rewrites.folded_bias and is_plain(self.conv1) and self.conv1.bias is not None
 
-    def _splits(self, x: Tensor, skip: Tensor, context: Context) -> bool:
-        """Whether x and skip stay apart: norm1 reads both, the shortcut is the sum of two products."""
-        if not (context.rewrites.split_skip and context.rewrites.group_norm_silu):
-            return False
-        autocast = torch.is_autocast_enabled(x.device.type)
-        same = x.dtype == skip.dtype and memory_format(x, skip) == memory_format(skip, x)
-        return self.conv_shortcut is not None and is_plain(self.conv_shortcut) and same and not autocast
-
-    def _shortcut(self, x: Tensor, skip: Tensor | None, context: Context) -> Tensor:
-        conv = self.conv_shortcut
-        if conv is None or skip is None:
-            return x if conv is None else apply(conv, x, context.packs)
-        if context.packs is not None and takes((conv,), x, context.packs, second=skip):
-            return convolve_both(conv, x, skip, context.packs)
-        first, second = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            return F.conv2d(x, first, conv.bias) + F.conv2d(skip, second)
-        tokens = F.linear(to_tokens(x), first.flatten(1), conv.bias)
-        # The second product is added as it is made.
-        tokens.flatten(0, 1).addmm_(to_tokens(skip).flatten(0, 1), second.flatten(1).t())
-        return to_map(tokens, x)
-
     def _normed_with_time(self, h: Tensor, bias: Tensor | None, context: Context) -> Tensor:
         """silu(norm2(h + bias + time)); bias is that of conv1 where h has come without it."""
         time = self.project(context.time, context) if context.projected is None else context.projected[self]
@@ -148,8 +124,40 @@ class ResnetBlock(nn.Module):
         h = normed(self.norm2, h, context, addend=addend)
         if self.scale_shift and time is not None:
             a, b = time[:, :, None, None].chunk(2, dim=1)
-            h = h * (1 + a) + b
+            h = torch.addcmul(b, h, 1 + a)
         return h if self.norm2.silu else self.act(h)
+
+
+def paired(x: Map, skip: Tensor | None, conv: nn.Module | None, context: Context) -> tuple[Map, Tensor | None]:
+    """x and skip as a block's first norm and `shortcut`, whose layer is conv, take them: apart where both read two."""
+    if skip is None or _splits(total(x), skip, conv, context):
+        return x, skip
+    # Somebody else's layer, or a sum without one, reads one tensor.
+    return torch.cat([total(x), skip], dim=1), None
+
+
+def shortcut(conv: nn.Module | None, x: Tensor, skip: Tensor | None, context: Context) -> Tensor:
+    """conv of x and skip as if concatenated along the channels: the sum of two products. Without a conv, x."""
+    if conv is None or skip is None:
+        return x if conv is None else apply(conv, x, context.packs)
+    if context.packs is not None and takes((conv,), x, context.packs, second=skip):
+        return convolve_both(conv, x, skip, context.packs)
+    weight, bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias)
+    first, second = weight.split([x.shape[1], skip.shape[1]], dim=1)
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, first, bias) + F.conv2d(skip, second)
+    tokens = F.linear(to_tokens(x), first.flatten(1), bias)
+    # The second product is added as it is made.
+    tokens.flatten(0, 1).addmm_(to_tokens(skip).flatten(0, 1), second.flatten(1).t())
+    return to_map(tokens, x)
+
+
+def _splits(x: Tensor, skip: Tensor, conv: nn.Module | None, context: Context) -> bool:
+    if not (context.rewrites.split_skip and context.rewrites.group_norm_silu):
+        return False
+    same = x.dtype == skip.dtype and memory_format(x, skip) == memory_format(skip, x)
+    # Autocast would choose another dtype for the product than for what it is added to.
+    return conv is not None and is_plain(conv) and same and not torch.is_autocast_enabled(x.device.type)
 
 
 class Downsample(nn.Module):

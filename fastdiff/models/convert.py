@@ -6,13 +6,13 @@ The library itself is never imported: its classes are known by their names and m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.autoencoder import AutoencoderKL
+from fastdiff.models.autoencoder import Decoder, Encoder, complete
 from fastdiff.models.calls import Call, check, output, plain_kwargs, refuse
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.dit import DiT
@@ -22,29 +22,31 @@ from fastdiff.models.unet_calls import conditional_unet, controlnet, freed, plai
 
 @dataclass(frozen=True)
 class Converter:
-    """How a class of the library runs on a network of ours.
+    """How a class of the library runs on a network of ours, or how the parts do that its methods call.
 
     home       the module that defines the class
     build      our network for its configuration, called on the meta device; InputError says what is not supported
-    calls      what runs in the place of each forward that is replaced, by the path of its module ("" for itself)
+    call       what runs in the place of its forward
     obstacle   why a call must be the library's own now, from what can be set on the module without a trace elsewhere
+    parts      by their paths; each has the configuration of the whole
     """
 
     home: str
-    build: Callable[[Mapping[str, Any]], nn.Module]
-    calls: Mapping[str, Call]
+    build: Callable[[Mapping[str, Any]], nn.Module] | None = None
+    call: Call | None = None
     obstacle: Callable[[nn.Module], str | None] = lambda module: None
+    parts: Mapping[str, Converter] = field(default_factory=dict)
 
 
-def _encode(network: AutoencoderKL, module: Any, sample: Tensor) -> Tensor:
-    check(sample.dim() == 4 and sample.shape[1] == network.config["in_channels"])
-    return network.encoder(sample)
+def _encode(network: Encoder, module: Any, sample: Tensor) -> Tensor:
+    check(sample.dim() == 4 and sample.shape[1] == network.in_channels)
+    return network(sample)
 
 
-def _decode(network: AutoencoderKL, module: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+def _decode(network: Decoder, module: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
     refuse(latent_embeds=latent_embeds)
-    check(sample.dim() == 4 and sample.shape[1] == network.config["latent_channels"])
-    return network.decoder(sample)
+    check(sample.dim() == 4 and sample.shape[1] == network.in_channels)
+    return network(sample)
 
 
 def _transformer(
@@ -73,32 +75,41 @@ def _drops_labels(module: nn.Module) -> str | None:
     return "it is in training mode, where labels are dropped at random" if module.training else None
 
 
+_VAE = "diffusers.models.autoencoders.vae"
+
+
+def _autoencoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    return complete({**config, "_class_name": "AutoencoderKL"})
+
+
 CONVERTERS: dict[str, Converter] = {
     "UNet2DModel": Converter(
         "diffusers.models.unets.unet_2d",
         lambda config: UNet(**{**config, "_class_name": "UNet2DModel"}),
-        {"": plain_unet},
+        plain_unet,
     ),
     "UNet2DConditionModel": Converter(
         "diffusers.models.unets.unet_2d_condition",
         lambda config: UNet(**{**config, "_class_name": "UNet2DConditionModel"}),
-        {"": conditional_unet},
+        conditional_unet,
         freed,
     ),
     "AutoencoderKL": Converter(
         "diffusers.models.autoencoders.autoencoder_kl",
-        lambda config: AutoencoderKL(**{**config, "_class_name": "AutoencoderKL"}),
-        {"encoder": _encode, "decoder": _decode},
+        parts={
+            "encoder": Converter(_VAE, lambda config: Encoder(_autoencoder(config)), _encode),
+            "decoder": Converter(_VAE, lambda config: Decoder(_autoencoder(config)), _decode),
+        },
     ),
     "ControlNetModel": Converter(
         "diffusers.models.controlnets.controlnet",
         lambda config: ControlNet(**{**config, "_class_name": "ControlNetModel"}),
-        {"": controlnet},
+        controlnet,
     ),
     "DiTTransformer2DModel": Converter(
         "diffusers.models.transformers.dit_transformer_2d",
         lambda config: DiT(**{**config, "_class_name": "DiTTransformer2DModel"}),
-        {"": _transformer},
+        _transformer,
         _drops_labels,
     ),
 }

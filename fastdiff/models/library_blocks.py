@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.models import known
-from fastdiff.models.attention import add_and_norm, to_map, to_tokens
+from fastdiff.models.attention import to_map, to_tokens
 from fastdiff.models.calls import Left, check
 from fastdiff.models.context import Context
 from fastdiff.models.fused import (
@@ -25,6 +25,7 @@ from fastdiff.models.fused import (
     unfit,
 )
 from fastdiff.models.leaf import is_plain
+from fastdiff.models.transformer import add_and_norm
 from fastdiff.ops.checks import MAX_HEAD_DIM
 
 _MODELS = "diffusers.models."

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.models.context import Context
-from fastdiff.nn import GroupNormSiLU
+from fastdiff.models.prepacked import apply, convolve, takes
+
+
+class Norm(Protocol):
+    """silu(group_norm(x) * weight + bias), without the silu where that is False: `GroupNormSiLU`, or an `AdaNorm`."""
+
+    groups: int
+    eps: float
+    silu: bool
+
+    @property
+    def weight(self) -> Tensor | None: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
 
 class Sum:
     """a + b of two maps, made where it is first read: by a norm, which writes it while it reads a and b, or by itself.
 
+    By itself is what is left where a convolution reads it, or a norm that reads a stored map beside it, since a norm
+    reads two maps and not three. On the CPU the product that makes b has added a already, and there is no `Sum`.
     A block that ends with a residual sum gives one of these. Whoever stores it as well sees the sum that the next
     block's norm has made.
     """
@@ -29,7 +45,7 @@ class Sum:
             self._total, self._terms = self._terms[0] + self._terms[1], None
         return self._total
 
-    def normed(self, norm: GroupNormSiLU, *, keep: bool) -> Tensor:
+    def normed(self, norm: Norm, *, keep: bool) -> Tensor:
         if self._terms is None or self._terms[0].dtype != self._terms[1].dtype:
             # Of two dtypes the addition chooses one.
             return _fused(norm, self.total())
@@ -50,7 +66,7 @@ def total(x: Map) -> Tensor:
 
 
 def normed(
-    norm: GroupNormSiLU,
+    norm: Norm,
     x: Map,
     context: Context,
     *,
@@ -63,6 +79,7 @@ def normed(
     keep: whether `total(x)` is read afterwards, so that a norm that makes the sum writes it too.
     """
     if not context.rewrites.group_norm_silu:
+        # PyTorch's norm reads one tensor.
         h = total(x) if second is None else torch.cat([total(x), second], dim=1)
         h = h if addend is None else h + addend[:, :, None, None]
         y = torch.group_norm(h, norm.groups, norm.weight, norm.bias, norm.eps)
@@ -74,9 +91,19 @@ def normed(
 
 def summed(a: Tensor, b: Tensor, scale: float, context: Context) -> Map:
     """(a + b) / scale, left to the next norm where there is no division."""
-    if context.rewrites.folded_residual and context.rewrites.unit_scale and scale == 1.0:
-        return Sum(a, b)
-    return scaled(a + b, scale, context)
+    return Sum(a, b) if folds(scale, context) else scaled(a + b, scale, context)
+
+
+def folds(scale: float, context: Context) -> bool:
+    """Whether the sum at a block's end is made by what writes or what reads it."""
+    return context.rewrites.folded_residual and context.rewrites.unit_scale and scale == 1.0
+
+
+def convolved_onto(x: Tensor, conv: nn.Module, h: Tensor, scale: float, context: Context) -> Map:
+    """(x + conv(h)) / scale: added by the convolution as it writes its result, else left to the next norm."""
+    if folds(scale, context) and takes((conv,), h, context.packs) and x.dtype == h.dtype:
+        return convolve(conv, h, context.packs, addend=x)
+    return summed(x, apply(conv, h, context.packs), scale, context)
 
 
 def scaled(x: Tensor, scale: float, context: Context) -> Tensor:
@@ -91,5 +118,5 @@ def settled(*tensors: Tensor) -> bool:
     return not (recorded or torch.compiler.is_compiling() or torch.is_autocast_enabled(tensors[0].device.type))
 
 
-def _fused(norm: GroupNormSiLU, x: Tensor, **more: Any) -> Any:
+def _fused(norm: Norm, x: Tensor, **more: Any) -> Any:
     return ops.group_norm_silu(x, norm.groups, norm.weight, norm.bias, eps=norm.eps, silu=norm.silu, **more)

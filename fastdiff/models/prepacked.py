@@ -162,10 +162,10 @@ def apply(leaf: nn.Module, x: Tensor, packs: Packs | None) -> Tensor:
     return products((leaf,), x, packs) if packs is not None and _takes((leaf,), x) else leaf(x)
 
 
-def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs) -> Tensor:
-    """[W_1; W_2; ...] x + [b_1; b_2; ...] along the last dimension of x, for layers that `takes` takes.
+def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs, *, addend: Tensor | None = None) -> Tensor:
+    """[W_1; W_2; ...] x + [b_1; b_2; ...] + addend along the last dimension of x, for layers that `takes` takes.
 
-    A 1x1 convolution counts as the linear layer that it is.
+    A 1x1 convolution counts as the linear layer that it is. addend: of the result's shape and dtype, added in float32.
     """
     weights = [leaf.weight for leaf in leaves]
     biases = [leaf.bias for leaf in leaves]
@@ -176,11 +176,22 @@ def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs) -> Tensor:
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(_joined(weights)))  # type: ignore[arg-type]
-        y: Tensor = extension.multiply(x, packed, bias, sum(map(len, weights)))  # type: ignore[arg-type]
-        return y
+        outputs = sum(map(len, weights))  # type: ignore[arg-type]
+        if addend is None:
+            y: Tensor = extension.multiply(x, packed, bias, outputs)
+            return y
+        y = extension.convolve(_as_map(x), packed, bias, _as_map(addend), outputs, (1, 1), (1, 1), (0, 0))
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], outputs)
     rows = x.numel() // x.shape[-1]
     packed = held.at(rows, lambda: torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))  # type: ignore
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    if addend is None:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, addend.contiguous(), packed, bias, "add")
+
+
+def _as_map(tokens: Tensor) -> Tensor:
+    """(..., C) -> (1, C, 1, all the rest), channels-last."""
+    return tokens.reshape(1, 1, -1, tokens.shape[-1]).permute(0, 3, 1, 2)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

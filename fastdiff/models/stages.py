@@ -10,10 +10,11 @@ from torch import nn
 
 from fastdiff.models.ada_stages import ada_down_stage, ada_up_stage
 from fastdiff.models.added_attention import AddedAttention
-from fastdiff.models.attention import SpatialAttention, Transformer
+from fastdiff.models.attention import SpatialAttention
 from fastdiff.models.blocks import Downsample, DownStage, MidStage, ResnetBlock, ResnetSettings, Upsample, UpStage
 from fastdiff.models.config import spread
 from fastdiff.models.skip_stages import SkipDownStage, SkipUpStage
+from fastdiff.models.transformer import Transformer
 
 __all__ = ["down_stage", "mid_stage", "stored_maps", "taken_maps", "up_stage"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.attention import Fuser
 from fastdiff.models.calls import Left, check, output, plain_kwargs
 from fastdiff.models.conditions import ADDED
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.stages import stored_maps
+from fastdiff.models.transformer import Fuser
 from fastdiff.models.unet import UNet
 
 

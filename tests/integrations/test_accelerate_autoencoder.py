@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,8 +184,81 @@ def test_gradients_are_the_librarys():
 
 def test_a_layout_that_is_not_supported():
     vae = library(act_fn="gelu")
-    with pytest.warns(UserWarning, match="act_fn='gelu' is not supported"):
+    with pytest.warns(UserWarning, match="act_fn='gelu' is not supported") as said:
         fastdiff.accelerate(vae)
+    assert len(said) == 1
     assert all(map(torch.equal, results(vae), results(library(act_fn="gelu"))))
     with pytest.raises(fastdiff.InputError, match="act_fn='gelu'"):
         fastdiff.accelerate(vae, strict=True)
+
+
+def parts(vae: diffusers.AutoencoderKL, name: str) -> tuple[Any, torch.Tensor]:
+    """A part of that name, which nothing else is held of, and an input."""
+    return getattr(vae, name), normal(2, 3, 22, 16) if name == "encoder" else normal(2, 4, 7, 5)
+
+
+def reported() -> dict[str, int]:
+    gc.collect()  # other tests' pipelines
+    return {name: size for name, size in fastdiff.report().networks.items() if name.startswith("AutoencoderKL")}
+
+
+def check_part(part: nn.Module, name: str, *, ran: bool = True) -> None:
+    truth, x = parts(library(torch.float64), name)
+    norms()
+    actual = part(x)
+    assert bool(norms()) == ran
+    assert_close_to_truth(actual, truth(x.double()), parts(library(), name)[0](x))
+
+
+@pytest.fixture(params=["encoder", "decoder"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["", "called"])
+def test_a_part_outlives_the_whole(name, called):
+    vae = fastdiff.accelerate(library(), strict=True)
+    if called:
+        results(vae)
+    part, _ = parts(vae, name)
+    other = weakref.ref(vae.decoder if name == "encoder" else vae.encoder)
+    gc.disable()
+    try:
+        del vae
+        assert other() is None, "what nobody holds is freed"
+    finally:
+        gc.enable()
+    check_part(part, name)
+    assert list(reported()) == ["AutoencoderKL"]
+    assert fastdiff.restore(part) is part
+    check_part(part, name, ran=False)
+    assert not reported()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))], ids=["copy", "pickle"]
+)
+def test_a_part_is_copied_without_the_whole(name, copied):
+    part = copied(parts(fastdiff.accelerate(library(), strict=True), name)[0])
+    check_part(part, name)
+    fastdiff.accelerate(part, rewrites=["geglu"])
+    check_part(part, name, ran=False)
+    assert part.forward.conversion.rewrites.geglu
+    assert not part.forward.conversion.rewrites.group_norm_silu
+
+
+def test_a_part_follows_its_weights(name):
+    part, x = parts(fastdiff.accelerate(library(), strict=True), name)
+    before = part(x)
+    part.conv_out.weight.mul_(2)
+    part.conv_out.bias.mul_(2)
+    torch.testing.assert_close(part(x), 2 * before)
+
+
+def test_the_whole_is_reported_once():
+    vae = fastdiff.accelerate(library(), strict=True)
+    results(vae)
+    (size,) = reported().values()
+    copies = [part.forward.conversion.copies() for part in (vae.encoder, vae.decoder)]
+    assert size == sum(copies)
+    assert min(copies) > 0

@@ -13,10 +13,11 @@ from inputs import normal
 from tolerance import assert_close_to_truth, relative_error
 from torch import Tensor, nn
 
-from fastdiff.models.attention import SpatialAttention, Transformer
+from fastdiff.models.attention import SpatialAttention
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Sum, total
 from fastdiff.models.rewrites import Rewrites
+from fastdiff.models.transformer import Transformer
 
 REWRITES = ("unit_scale", "group_norm_silu", "geglu", "add_layer_norm", "text_cache", "folded_residual", "qkv")
 BIT = ("unit_scale", "text_cache")
