@@ -62,15 +62,20 @@ Tensor winograd_bfloat16(const Tensor& input, const Tensor& packed, const Option
       own_addend ? OptionalTensor(own_addend->contiguous(at::MemoryFormat::ChannelsLast)) : own_addend;
   TORCH_CHECK(!addend || addend->sizes() == out.sizes(),
               "winograd_bfloat16: the addend has not the result's shape");
-  const OptionalTensor wide = bias ? OptionalTensor(bias->to(at::kFloat).contiguous()) : bias;
   args.x = x.const_data_ptr();
   args.weight = packed.const_data_ptr();
-  args.bias = floats(wide);
   args.addend = addend ? addend->const_data_ptr() : nullptr;
   args.out = out.data_ptr();
   args.threads = at::get_num_threads();
-  const Tensor scratch = at::empty({ON_CPU(winograd_bfloat16_scratch, args)}, x.options().dtype(at::kByte));
+  const int64_t size = ON_CPU(winograd_bfloat16_scratch, args);
+  const Tensor scratch = at::empty({size + outputs * 4}, x.options().dtype(at::kByte));
   args.scratch = scratch.data_ptr();
+  const OptionalTensor short_bias = contiguous(bias);
+  if (short_bias) {
+    float* wide = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + size);
+    for (int64_t o = 0; o < outputs; ++o) wide[o] = static_cast<float>(short_bias->const_data_ptr<at::BFloat16>()[o]);
+    args.bias = wide;
+  }
   ON_CPU(winograd_bfloat16, args);
   return out;
 }

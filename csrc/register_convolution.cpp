@@ -63,8 +63,8 @@ Tensor convolve(const Tensor& input, const Tensor& packed, const OptionalTensor&
   return out;
 }
 
-// A 3x3 convolution of stride 1 of x (N, C, H, W), or of x at twice its size, in tiles of tile x tile results; packed by
-// `pack_weight`, addend channels-last, as the result is.
+// A 3x3 convolution of stride 1 of x (N, C, H, W), or of x at twice its size, in tiles of tile x tile results; packed
+// by `pack_weight`, addend channels-last, as the result is.
 Tensor winograd(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias,
                 const OptionalTensor& own_addend, int64_t outputs, const std::array<int64_t, 2>& padding, int64_t tile,
                 bool doubled) {

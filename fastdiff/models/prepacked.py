@@ -16,7 +16,7 @@ from fastdiff.models.arena import outside
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites
-from fastdiff.models.winograd_bfloat16 import filters
+from fastdiff.models.winograd import filters, tile
 from fastdiff.ops import fold_upsample, native
 
 __all__ = ["Packs", "apply", "convolve", "convolve_both", "convolve_doubled", "doubles", "products", "takes"]
@@ -26,8 +26,8 @@ _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
 """Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""
 
 
-_FILTERED = "winograd"
-"""The layout of a weight that was transformed; it serves maps of any size."""
+_FILTERED = "filtered"
+"""The layout of a weight that was transformed, which serves maps of any size."""
 
 
 class Packs(Cache):
@@ -74,7 +74,7 @@ class Packed:
 
     @property
     def filtered(self) -> bool:
-        """Whether it is transformed, and stays so for other shapes."""
+        """Whether it was transformed, and serves every shape so."""
         return _FILTERED in self._state[1]
 
     @property
@@ -104,8 +104,9 @@ def convolve(
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
     geometry = _geometry(conv)
-    if _filtered(x, len(conv.weight), geometry, doubled=True):
-        return _filter(conv.weight, conv.bias if bias else None, lambda: conv.weight, x, geometry, packs, doubled=True)
+    if _in_tiles(x, len(conv.weight), geometry, doubled=True):
+        plain_bias = conv.bias if bias else None
+        return _convolve(conv.weight, plain_bias, lambda: conv.weight, x, geometry, packs, doubled=True)
     own_bias = conv.bias.repeat(4) if bias and conv.bias is not None else None
     phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs)
     doubled: Tensor = _extension().interleave(phases)
@@ -126,18 +127,28 @@ def _convolve(
     *,
     addend: Tensor | None = None,
     part: int = 0,
+    doubled: bool = False,
 ) -> Tensor:
-    """The convolution of x with what `make` makes of `weight`; geometry: taps, stride, padding, dilation, groups."""
+    """The convolution of x with what `make` makes of `weight`; geometry: taps, stride, padding, dilation, groups.
+
+    doubled: of x at twice its size, for what `tile` finds tiles for.
+    """
     taps, stride, padding, dilation, groups = geometry
-    held: Packed = packs.get((geometry, part), (weight,), Packed)
+    held: Packed = packs.get((geometry, "doubled" if doubled else part), (weight,), Packed)
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
         outputs = len(weight) * (4 if geometry is _PHASES else 1)
+        size = tile(x.shape, outputs, geometry, doubled=doubled)
+        if size:
+            filtered: Tensor = extension.winograd(x, packed, bias, addend, outputs, padding, size, doubled)
+            return filtered
         y: Tensor = extension.convolve(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
-    if held.filtered or _filtered(x, len(weight), geometry):
-        return _filter(weight, bias, make, x, geometry, packs, addend=addend, part=part)
+    if held.filtered or _in_tiles(x, len(weight), geometry, doubled=doubled):
+        packed = held.at(_FILTERED, lambda: extension.pack_winograd_bfloat16(make().detach(), doubled))
+        rounded: Tensor = extension.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
+        return rounded
     shape = tuple(x.shape)
     packed = held.at(
         shape,
@@ -151,32 +162,15 @@ def _convolve(
     return run.binary(x, addend, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
 
 
-def _filtered(x: Tensor, outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
-    """Whether the convolution is made by Winograd's filtering of bfloat16."""
-    if x.dtype != torch.bfloat16 or not filters(x.shape, outputs, geometry, doubled=doubled):
+def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
+    """Whether the convolution is made by Winograd's filtering."""
+    extension = _extension()
+    if extension is None:
         return False
-    extension = _extension()
-    return extension is not None and extension.has_bfloat16_products()
-
-
-def _filter(
-    weight: Tensor,
-    bias: Tensor | None,
-    make: Callable[[], Tensor],
-    x: Tensor,
-    geometry: tuple[Any, ...],
-    packs: Packs,
-    *,
-    addend: Tensor | None = None,
-    part: int = 0,
-    doubled: bool = False,
-) -> Tensor:
-    """As `_convolve`, for what `_filtered` finds; doubled: of x at twice its size."""
-    held: Packed = packs.get((geometry, "doubled" if doubled else part), (weight,), Packed)
-    extension = _extension()
-    packed = held.at(_FILTERED, lambda: extension.pack_winograd_bfloat16(make().detach(), doubled))
-    y: Tensor = extension.winograd_bfloat16(x, packed, bias, addend, len(weight), geometry[2], doubled)
-    return y
+    if x.dtype == torch.float32:
+        return tile(x.shape, outputs, geometry, doubled=doubled) > 0
+    products: bool = x.dtype == torch.bfloat16 and extension.has_bfloat16_products()
+    return products and filters(x.shape, outputs, geometry, doubled=doubled)
 
 
 def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
@@ -272,4 +266,4 @@ def _takes(leaves: Sequence[nn.Module], x: Tensor, second: Tensor | None = None)
 
 
 def _layout(packed: Tensor) -> bytes:
-    return b"" if not packed.is_mkldnn else bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist()) if packed.is_mkldnn else b""
