@@ -180,6 +180,15 @@ struct WinogradArgs {
   int threads;
 };
 
+// weight (outputs, channels, 3, 3) into the transformed form that winograd_bfloat16 reads.
+struct WinogradPackArgs {
+  int64_t outputs, channels;
+  bool doubled;
+  const uint16_t* weight;
+  uint16_t* to;
+  int threads;
+};
+
 struct PackArgs {
   int64_t outputs, channels, taps;
   const float* weight;
@@ -216,6 +225,10 @@ namespace cpu {
   void pack_weight(const PackArgs& args);             \
   int64_t winograd_scratch(const WinogradArgs& args); \
   void winograd(const WinogradArgs& args);            \
+  bool has_bfloat16_products();                       \
+  void pack_winograd_bfloat16(const WinogradPackArgs& args); \
+  int64_t winograd_bfloat16_scratch(const WinogradArgs& args); \
+  void winograd_bfloat16(const WinogradArgs& args);   \
   }
 FASTDIFF_CAPABILITIES(FASTDIFF_DECLARE)
 #undef FASTDIFF_DECLARE

@@ -25,6 +25,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   fastdiff::register_noise(m);
   fastdiff::register_network(m);
   fastdiff::register_convolution(m);
+  fastdiff::register_bfloat16(m);
   fastdiff::register_arena(m);
   fastdiff::register_writes(m);
   m.def("cpu_capability", &fastdiff::capability_name);

@@ -29,6 +29,7 @@ void register_steps(py::module_& m);
 void register_noise(py::module_& m);
 void register_network(py::module_& m);
 void register_convolution(py::module_& m);
+void register_bfloat16(py::module_& m);
 void register_arena(py::module_& m);
 void register_writes(py::module_& m);
 

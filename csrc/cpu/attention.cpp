@@ -1,12 +1,7 @@
 // Attention on the CPU. Each task is a block of queries of one head; a thread packs the keys and values of a head when
 // it comes to its first block of it.
 
-// The AVX-512 build may use the bfloat16 dot product. The compiler emits that instruction only where it is called by
-// name, in struct BFloat16, which is chosen at run time.
-#if defined(CPU_CAPABILITY_AVX512) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC target("avx512bf16")
-#define FASTDIFF_BF16_DOT
-#endif
+#include "bfloat16_dot.h"
 
 #include <atomic>
 #include <cmath>

@@ -68,7 +68,7 @@ class Winograd {
     });
   }
 
- private:
+ protected:
   struct Place {
     int64_t sample, row, column;  // of the tile's first result
   };

@@ -15,7 +15,7 @@ from fastdiff.models.arena import outside
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites
-from fastdiff.models.winograd import tile
+from fastdiff.models.winograd import filters, tile
 from fastdiff.ops import fold_upsample, native
 from fastdiff.ops.torch_library import onednn_dtypes
 
@@ -24,6 +24,10 @@ __all__ = ["Packs", "apply", "convolve", "convolve_both", "convolve_doubled", "d
 _MOST_SHAPES = 64
 _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
 """Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""
+
+
+_FILTERED = "filtered"
+"""The layout of a weight that was transformed, which serves maps of any size."""
 
 
 class Packs(Cache):
@@ -69,6 +73,11 @@ class Packed:
         return made
 
     @property
+    def filtered(self) -> bool:
+        """Whether it was transformed, and serves every shape so."""
+        return _FILTERED in self._state[1]
+
+    @property
     def nbytes(self) -> int:
         packed = self._state[0]
         if packed is None:
@@ -94,9 +103,10 @@ def convolve(
 
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
-    if x.dtype == torch.float32 and tile(x.shape, len(conv.weight), _geometry(conv), doubled=True):
+    geometry = _geometry(conv)
+    if _in_tiles(x, len(conv.weight), geometry, doubled=True):
         plain_bias = conv.bias if bias else None
-        return _convolve(conv.weight, plain_bias, lambda: conv.weight, x, _geometry(conv), packs, doubled=True)
+        return _convolve(conv.weight, plain_bias, lambda: conv.weight, x, geometry, packs, doubled=True)
     own_bias = conv.bias.repeat(4) if bias and conv.bias is not None else None
     phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs)
     doubled: Tensor = _extension().interleave(phases)
@@ -124,7 +134,7 @@ def _convolve(
     doubled: of x at twice its size, for what `tile` finds tiles for.
     """
     taps, stride, padding, dilation, groups = geometry
-    held: Packed = packs.get((geometry, part), (weight,), Packed)
+    held: Packed = packs.get((geometry, "doubled" if doubled else part), (weight,), Packed)
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
@@ -135,6 +145,10 @@ def _convolve(
             return filtered
         y: Tensor = extension.conv_packed(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
+    if held.filtered or _in_tiles(x, len(weight), geometry, doubled=doubled):
+        packed = held.at(_FILTERED, lambda: extension.pack_winograd_bfloat16(make().detach(), doubled))
+        rounded: Tensor = extension.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
+        return rounded
     shape = tuple(x.shape)
     packed = held.at(
         shape,
@@ -146,6 +160,17 @@ def _convolve(
     if addend is None:
         return run(x, packed, bias, padding, stride, dilation, groups, "none", [], "")
     return run.binary(x, addend, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
+
+
+def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
+    """Whether the convolution is made by Winograd's filtering."""
+    extension = _extension()
+    if extension is None:
+        return False
+    if x.dtype == torch.float32:
+        return tile(x.shape, outputs, geometry, doubled=doubled) > 0
+    products: bool = x.dtype == torch.bfloat16 and extension.has_bfloat16_products()
+    return products and filters(x.shape, outputs, geometry, doubled=doubled)
 
 
 def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
@@ -239,4 +264,4 @@ def _takes(leaves: Sequence[nn.Module], x: Tensor, second: Tensor | None = None)
 
 
 def _layout(packed: Tensor) -> bytes:
-    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist()) if packed.is_mkldnn else b""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["tile"]
+__all__ = ["filters", "tile"]
 
 _LANES, _BLOCK = 16, 32
 """Channels are filled up to a multiple of the one, outputs to one of the other."""
@@ -13,6 +13,10 @@ _TRANSFORMS = {2: (16, 80, 90), 4: (36, 200, 200)}
 what transforming a weight costs."""
 _FEWEST_CHANNELS = 64
 """For tiles of 4: below, sums are so short that the transforms would make most of the rounding error."""
+_FEWEST_TILES = 16
+"""For bfloat16: below, reading weights that are 16 / 9 as large takes longer than the products."""
+_FEWEST = 32
+"""Channels and outputs, for bfloat16: with fewer there is little but transforms."""
 _GAIN = 0.9
 """Tiles of 4 round twice as much as tiles of 2, so that they have to gain something."""
 
@@ -23,13 +27,10 @@ def tile(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, dou
     shape: of the map (N, C, H, W), which is convolved at twice its size where `doubled`; geometry: taps, stride,
     padding, dilation, groups. Costs are counted in multiplications of vectors.
     """
-    taps, stride, padding, dilation, groups = geometry
-    if (tuple(taps), tuple(stride), tuple(dilation), groups) != ((3, 3), (1, 1), (1, 1), 1):
-        return 0
-    samples, channels = shape[:2]
-    height, width = ((1 + doubled) * size + 2 * pad - 2 for size, pad in zip(shape[2:], padding, strict=True))
+    height, width = _result(shape, geometry, doubled)
     if height < 1 or width < 1:
         return 0
+    samples, channels = shape[:2]
     # Twice the size: the four phases of 2x2 taps that take its place.
     best, cost = 0, (4 if doubled else 9) * samples * height * width * channels * -(-outputs // _LANES)
     into, out = -(-channels // _LANES), -(-outputs // _BLOCK) * _BLOCK // _LANES
@@ -41,3 +42,21 @@ def tile(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, dou
         if own < (_GAIN if best else 1) * cost:
             best, cost = size, own
     return best
+
+
+def filters(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
+    """Whether a convolution of bfloat16 is made in tiles of 2 x 2 results, of weights that were transformed once."""
+    height, width = _result(shape, geometry, doubled)
+    if height < 1 or width < 1 or (doubled and tuple(geometry[2]) != (1, 1)):
+        return False
+    tiles = shape[0] * -(-height // 2) * -(-width // 2)
+    return tiles >= _FEWEST_TILES and min(shape[1], outputs) >= _FEWEST
+
+
+def _result(shape: tuple[int, ...], geometry: tuple[Any, ...], doubled: bool) -> tuple[int, int]:
+    """Height and width of what a 3x3 convolution of stride 1 gives; zeros for any other."""
+    taps, stride, padding, dilation, groups = geometry
+    if (tuple(taps), tuple(stride), tuple(dilation), groups) != ((3, 3), (1, 1), (1, 1), 1):
+        return 0, 0
+    height, width = ((1 + doubled) * size + 2 * pad - 2 for size, pad in zip(shape[2:], padding, strict=True))
+    return height, width
