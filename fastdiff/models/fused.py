@@ -152,6 +152,14 @@ def convolve_doubled(conv: Any, x: Tensor, kept: Cache, *, bias: bool = True) ->
     return ops.upsample_conv(x, weight, conv.bias if bias else None)
 
 
+def convolved_onto(x: Tensor, conv: Any, h: Tensor) -> Tensor:
+    """x + conv(h), added where the convolution writes its result if it is one that `is_foldable`."""
+    fits = is_foldable(conv) and doubling_obstacle(conv, h) is None and type(x) is Tensor and x.dtype == h.dtype
+    if fits and x.shape == (len(h), conv.out_channels, *h.shape[2:]):
+        return ops.conv_bias_residual(h, conv.weight, conv.bias, x, padding=1)
+    return x + conv(h)
+
+
 def leave(reason: str | None) -> None:
     """Leaves a call to the module's own forward where there is a reason, which may be ""."""
     if reason is not None:

@@ -17,6 +17,7 @@ from fastdiff.models.context import Context
 from fastdiff.models.fused import (
     Fused,
     convolve_doubled,
+    convolved_onto,
     doubling_obstacle,
     is_foldable,
     leave,
@@ -89,10 +90,11 @@ class FusedResnet(_Block):
                 x, h = block.downsample(x), block.downsample(h)
             h = _convolve(block.conv1, h, bias=not folds)
         h = self._normed_with_time(block, h, temb, block.conv1.bias if folds else None)
-        h = block.conv2(block.dropout(h))
+        h = block.dropout(h)
         if block.conv_shortcut is not None:
             x = block.conv_shortcut(x)
-        return _scaled(x + h, block.output_scale_factor)
+        total = convolved_onto(x, block.conv2, h) if own.folded_residual else x + block.conv2(h)
+        return _scaled(total, block.output_scale_factor)
 
     def _check(self, block: Any, x: Any, temb: Any) -> None:
         self.check_unfit(x, temb)

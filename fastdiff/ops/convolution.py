@@ -56,18 +56,8 @@ def conv_bias_residual(
     if residual is not None:
         _shape(name, "residual", residual, convolved(x, weight, stride, padding))
     _operands(name, x, len(weight), weight=weight, bias=bias, residual=residual)
-    layout = memory_format(x)
-    return call(
-        name,
-        (
-            x.contiguous(memory_format=layout),
-            weight,
-            bias if bias is None else bias.contiguous(),
-            residual if residual is None else residual.contiguous(memory_format=layout),
-            stride,
-            padding,
-        ),
-    )
+    x = x.contiguous(memory_format=memory_format(x))
+    return call(name, (x, weight, bias if bias is None else bias.contiguous(), residual, stride, padding))
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,11 +34,15 @@ def test_operators_of_ours():
         attention = count(lambda: ops.attention(q, k, k)).total
         library = count(lambda: F.scaled_dot_product_attention(q, k, k)).total
         doubled = count(lambda: ops.upsample_conv(x, weight, None)).total
+        kernel, added = torch.zeros(6, 8, 3, 3), torch.zeros(1, 6, 3, 2)
+        summed = count(lambda: ops.conv_bias_residual(x, kernel, None, added, 2, 1)).total
         whole = count(lambda: ops.group_norm_silu(x, 4, norm, norm)).total
     # Twice 2 * 4 heads, 6 queries, 9 keys, 10 channels; k is v.
     assert attention == Cost(1, 4 * 8 * 6 * 9 * 10, 4 * (2 * q.numel() + k.numel()))
     assert library.flops == attention.flops
     assert doubled == Cost(1, 2 * (16 * 10 * 6) * 8 * 4, 4 * (x.numel() + weight.numel() + 16 * 10 * 6))
+    size = x.numel() + kernel.numel() + 2 * added.numel()
+    assert summed == Cost(1, 2 * added.numel() * 8 * 9, 4 * size)
     assert whole.launches == 1
 
 

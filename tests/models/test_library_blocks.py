@@ -94,7 +94,14 @@ def test_resnet(options: dict[str, Any], more: dict[str, int], layout: torch.mem
     block = ResnetBlock2D(in_channels=32, groups=8, **{"temb_channels": 16, **options})
     given = {"input_tensor": IMAGE.contiguous(memory_format=layout)}
     given["temb"] = None if block.time_emb_proj is None else TIME
-    check(block, given, {"group_norm_silu": 2} | more, dtype)
+    check(block, given, {"group_norm_silu": 2, "conv_bias_residual": 1} | more, dtype)
+
+
+def test_a_block_s_sum_is_left_where_its_rewrite_is_off() -> None:
+    block = made(ResnetBlock2D(in_channels=32, groups=8, temb_channels=None))
+    fastdiff.accelerate(block, rewrites=["group_norm_silu"])
+    called(block, {"input_tensor": IMAGE, "temb": None}, torch.float32)
+    assert ran() == {"group_norm_silu": 2}
 
 
 ATTENTIONS: dict[str, tuple[dict[str, Any], int]] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.errors import BackendError, InputError
-from fastdiff.ops import reference
+from fastdiff.ops import reference, triton
 from fastdiff.ops.torch_library import onednn_dtypes
 
 CUDA = torch.cuda.is_available()
@@ -269,3 +269,19 @@ def test_choice_on_the_cpu() -> None:
     assert fastdiff.explain("conv_bias_residual", *wide, padding=1).startswith("conv_bias_residual: torch\n")
     with fastdiff.use_backend("native"), pytest.raises(BackendError, match="not float64"):
         ops.conv_bias_residual(*wide, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "added", "leaves"),
+    [
+        (320, torch.bfloat16, True, False),
+        (640, torch.bfloat16, True, True),
+        (320, torch.float32, True, True),
+        (320, torch.float16, False, True),
+    ],
+    ids=["shallow", "deep", "float32", "nothing added"],
+)
+def test_what_triton_leaves_to_cudnn(channels: int, dtype: torch.dtype, added: bool, leaves: bool) -> None:
+    x, weight = torch.zeros(1, channels, 4, 4, dtype=dtype), torch.zeros(8, channels, 3, 3, dtype=dtype)
+    residual = torch.zeros(1, 8, 4, 4, dtype=dtype) if added else None
+    assert triton.BACKENDS["conv_bias_residual"].cedes(x, weight, None, residual, [1, 1], [1, 1]) == leaves
