@@ -17,6 +17,7 @@ from fastdiff.models.convert import converter
 from fastdiff.models.forward import Forward, foreign, remove
 from fastdiff.models.fused import Parts
 from fastdiff.models.fusing import replacement
+from fastdiff.models.kept import Own
 from fastdiff.models.loading import Model
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.ops import networks
@@ -27,6 +28,10 @@ Target = TypeVar("Target")
 
 _patched: weakref.WeakSet[Any] = weakref.WeakSet()
 """The schedulers that `accelerate` has put into pipelines."""
+
+
+_ours: weakref.WeakKeyDictionary[nn.Module, Own] = weakref.WeakKeyDictionary()
+"""The networks of ours that `accelerate` was given."""
 
 
 @dataclass
@@ -67,8 +72,7 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
     """
     chosen = Rewrites.parse(rewrites)
     if isinstance(target, Model) or _is_ours(target):
-        ours: Any = target.network if isinstance(target, Model) else target
-        ours.rewrites = chosen
+        _take(target.network if isinstance(target, Model) else target, chosen)
         return target
     plan = _Plan()
     for name, network in _networks("accelerate", target):
@@ -84,7 +88,7 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
     for each in plan.forwards:
         each.install()
     for network in plan.ours:
-        network.rewrites = chosen
+        _take(network, chosen)
     for name, reason in plan.left:
         for conversion in (*plan.new, *plan.old):
             if conversion.name == name:
@@ -99,15 +103,26 @@ def restore(target: Target) -> Target:
 
     What is not accelerated is left alone. Errors: InputError for a target that has no network.
     """
-    if isinstance(target, Model) or _is_ours(target):
-        return accelerate(target)
+    if isinstance(target, Model):
+        restore(target.network)
+        return target
     for _, network in _networks("restore", target):
         remove(network)
         for ours in filter(_is_ours, network.modules()):
             ours.rewrites = Rewrites()  # type: ignore[assignment]
+            if ours in _ours:
+                networks.forget(_ours.pop(ours))
     if any(scheduler in _patched for scheduler in _schedulers(target)):
         unpatch_scheduler(target)
     return target
+
+
+def _take(network: Any, rewrites: Rewrites) -> None:
+    """Gives a network of ours its rewrites, and the report its name."""
+    network.rewrites = rewrites
+    if network not in _ours:
+        _ours[network] = Own(type(network).__name__, network)
+        networks.watch(_ours[network])
 
 
 def _is_ours(target: Any) -> bool:

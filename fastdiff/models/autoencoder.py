@@ -15,7 +15,7 @@ from fastdiff.models.attention import SpatialAttention
 from fastdiff.models.blocks import Downsample, MidStage, ResnetBlock, ResnetSettings, Upsample
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Map, normed
-from fastdiff.models.prepacked import Packs, convolve
+from fastdiff.models.prepacked import Packs, apply, convolve
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
@@ -205,7 +205,7 @@ class AutoencoderKL(nn.Module):
         """
         moments = self.encoder(sample)
         if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
+            moments = _convolved(self.quant_conv, moments, self.encoder)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
@@ -213,7 +213,7 @@ class AutoencoderKL(nn.Module):
         """Pictures (N, out_channels, s H, s W) of latents (N, latent_channels, H, W); s = 2^(stages - 1)."""
         if self.post_quant_conv is not None:
             _check("AutoencoderKL.decode", latents, self.post_quant_conv.in_channels)
-            latents = self.post_quant_conv(latents)
+            latents = _convolved(self.post_quant_conv, latents, self.decoder)
         return self.decoder(latents)
 
     def forward(self, sample: Tensor) -> Tensor:
@@ -266,6 +266,14 @@ def _settings(config: Mapping[str, Any]) -> ResnetSettings:
 
 def _attention(config: Mapping[str, Any], channels: int) -> SpatialAttention:
     return SpatialAttention(channels, head_dim=channels, groups=config["norm_num_groups"], eps=_EPS)
+
+
+def _convolved(layer: nn.Module, x: Tensor, beside: _Coder) -> Tensor:
+    """layer(x) in x's layout, for a convolution that comes before or after a coder."""
+    packs, layout = beside.packs.ready(x, beside.rewrites), memory_format(x)
+    if packs is not None and beside.rewrites.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return apply(layer, x, packs).contiguous(memory_format=layout)
 
 
 def _check(name: str, sample: Tensor, channels: int) -> None:

@@ -6,13 +6,19 @@ Source: Saharia et al. 2022 (pooled text); Razzhigaev et al., "Kandinsky", 2023 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models.attention import is_plain_norm
+from fastdiff.models.caches import Cache
+from fastdiff.models.context import Context
 from fastdiff.models.embeddings import EmbeddingMLP
+from fastdiff.models.leaf import is_plain
+from fastdiff.models.maps import settled
+from fastdiff.models.prepacked import apply
 
 __all__ = [
     "ADDED",
@@ -22,6 +28,7 @@ __all__ = [
     "TextImageTime",
     "TextTime",
     "added_embedding",
+    "made_once",
     "token_projection",
 ]
 
@@ -55,6 +62,7 @@ class Pooling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         mean = tokens.mean(dim=1, keepdim=True) + self.positional_embedding.to(tokens.dtype)
+        # Both projections read the mean and the tokens; it is the time's, once for a run.
         tokens = torch.cat([mean, tokens], dim=1)
         projected = (self.q_proj(mean), self.k_proj(tokens), self.v_proj(tokens))
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
@@ -112,9 +120,10 @@ class ImageTime(nn.Module):
         normed: Tensor = self.image_norm(self.image_proj(image))
         return normed
 
-    def hint(self, picture: Tensor) -> Tensor:
-        seen: Tensor = self.input_hint_block(picture)
-        return seen
+    def hint(self, picture: Tensor, context: Context) -> Tensor:
+        for layer in self.input_hint_block:
+            picture = apply(layer, picture, context.packs) if isinstance(layer, nn.Conv2d) else layer(picture)
+        return picture
 
 
 class ImageTokens(nn.Module):
@@ -141,7 +150,18 @@ class TextImageTokens(nn.Module):
 
     def forward(self, text: Tensor, image: Tensor) -> Tensor:
         tokens = self.image_embeds(image).unflatten(-1, (_IMAGE_TOKENS["text_image_proj"], -1))
+        # Every attention reads both, once for a run.
         return torch.cat([tokens, self.text_proj(text)], dim=1)
+
+
+def made_once(cache: Cache, layers: nn.Module, given: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor | None:
+    """What `make` gives, which reads these tensors and the layers' parameters and nothing else: remembered for a run.
+
+    None where it cannot be: a layer is somebody else's, or gradients are recorded."""
+    inner = [layer for layer in layers.modules() if not list(layer.children())]
+    made_of = [*given, *layers.parameters()]
+    known = all(is_plain(layer) or is_plain_norm(layer) or type(layer) is nn.SiLU for layer in inner)
+    return cache.get(None, made_of, make) if known and settled(*made_of) else None
 
 
 def added_embedding(c: SimpleNamespace, channels: int) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch.nn import functional as F
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
 from fastdiff.models.arena import in_arena
+from fastdiff.models.attention import PROMPTS
+from fastdiff.models.caches import Cache
+from fastdiff.models.conditions import made_once
 from fastdiff.models.context import Context
-from fastdiff.models.maps import total
+from fastdiff.models.maps import Map, convolved_onto, total
 from fastdiff.models.prepacked import apply, convolve
 from fastdiff.models.stages import stored_maps
 from fastdiff.models.times import TimeTables
@@ -114,6 +118,7 @@ class ControlNet(Trunk):
             stored += [size] * stored_maps(stage)  # type: ignore[arg-type]
         self.controlnet_down_blocks = nn.ModuleList(_zero(nn.Conv2d(size, size, 1)) for size in stored)
         self.controlnet_mid_block = _zero(nn.Conv2d(sizes[-1], sizes[-1], 1))
+        self._conditions = Cache(PROMPTS)
         self._times = TimeTables(self)
         self._time_runs = self._times.runs
 
@@ -141,7 +146,6 @@ class ControlNet(Trunk):
         Results are channels-last where the rewrite of that name is on.
         """
         t = self._check_input(sample, timestep, encoder_hidden_states)
-        condition = self._condition(controlnet_cond, sample)
         context = Context(
             rewrites=self.rewrites,
             packs=self.packs.ready(sample, self.rewrites),
@@ -151,7 +155,13 @@ class ControlNet(Trunk):
         self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {}, sample.dtype)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        x, skips = self._descend(convolve(self.conv_in, sample, context.packs) + condition, context)
+        condition = self._condition(controlnet_cond, sample, context)
+        x: Map
+        if len(condition) == len(sample) and condition.dtype == sample.dtype:
+            x = convolved_onto(condition, self.conv_in, sample, 1.0, context)
+        else:
+            x = convolve(self.conv_in, sample, context.packs) + condition
+        x, skips = self._descend(x, context)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         stored = (total(each) for each in (*skips, x) if each is not None)
         maps = [apply(layer, each, context.packs) for layer, each in zip(layers, stored, strict=True)]
@@ -170,7 +180,7 @@ class ControlNet(Trunk):
             and all(-(-of // scale) == size for of, size in zip(picture.shape[2:], sample.shape[2:], strict=True))
         )
 
-    def _condition(self, picture: Tensor, sample: Tensor) -> Tensor:
+    def _condition(self, picture: Tensor, sample: Tensor, context: Context) -> Tensor:
         if not self.fits(picture, sample):
             count, _, height, width = sample.shape
             scale, channels = 2**self.controlnet_cond_embedding.halvings, self.config["conditioning_channels"]
@@ -178,12 +188,17 @@ class ControlNet(Trunk):
                 f"ControlNet: controlnet_cond has shape {tuple(picture.shape)}; "
                 f"expected {(count, channels, scale * height, scale * width)}"
             )
-        if self.config["controlnet_conditioning_channel_order"] == "bgr":
-            picture = picture.flip(1)
-        if self.rewrites.channels_last:
-            picture = picture.contiguous(memory_format=torch.channels_last)
-        embedded: Tensor = self.controlnet_cond_embedding(picture)
-        return embedded
+        layers, made = self.controlnet_cond_embedding, None
+
+        def embed(context: Context) -> Tensor:
+            x = picture.flip(1) if self.config["controlnet_conditioning_channel_order"] == "bgr" else picture
+            x = x.contiguous(memory_format=torch.channels_last) if self.rewrites.channels_last else x
+            return layers(x, context)
+
+        if self.rewrites.text_cache:
+            # Once for a run, it is not worth a copy of the weights.
+            made = made_once(self._conditions, layers, [picture], lambda: embed(replace(context, packs=None)))
+        return embed(context) if made is None else made
 
     def _scaled(self, maps: list[Tensor], scale: float | Tensor, guess_mode: bool) -> list[Tensor]:
         if guess_mode and not self.config["global_pool_conditions"]:
@@ -211,12 +226,10 @@ class ConditionEmbedding(nn.Module):
             self.blocks.append(nn.Conv2d(size, following, 3, padding=1, stride=2))
         self.conv_out = _zero(nn.Conv2d(sizes[-1], channels, 3, padding=1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.conv_in(x))
-        for layer in self.blocks:
-            x = F.silu(layer(x))
-        out: Tensor = self.conv_out(x)
-        return out
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        for layer in (self.conv_in, *self.blocks):
+            x = F.silu(apply(layer, x, context.packs))
+        return apply(self.conv_out, x, context.packs)
 
 
 def _of_unet(config: Mapping[str, Any]) -> dict[str, Any]:

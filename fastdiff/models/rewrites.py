@@ -22,7 +22,7 @@ class Rewrites:
     geglu: bool = _rewrite("a * gelu(b) is one operator")
     add_layer_norm: bool = _rewrite("a residual is added by its own product, or where the next LayerNorm reads it")
     upsample_conv: bool = _rewrite("doubling a map and convolving it is one convolution of the small map")
-    text_cache: bool = _rewrite("keys and values of the text are computed once for a prompt")
+    text_cache: bool = _rewrite("what is made of a text, or of a picture to go by, alone is computed once for a run")
     time_cache: bool = _rewrite("time embeddings and their projections are computed once for all steps of a run")
     modulation_cache: bool = _rewrite("adaptive norms' scales and shifts are computed once for all steps of a run")
     sampler_step: bool = _rewrite("a pipeline's scheduler takes its step in one operator")

@@ -18,8 +18,7 @@ from fastdiff.errors import InputError
 from fastdiff.models.attention import PackedAttention
 from fastdiff.models.caches import Cache
 from fastdiff.models.forward import Forward
-from fastdiff.models.prepacked import Packed
-from fastdiff.models.tracing import tensors
+from fastdiff.models.kept import caches, copies
 
 _LEAVES = (nn.Linear, nn.Conv2d)
 """Other code may put layers of its own in their place; ours call whatever lies there."""
@@ -184,23 +183,12 @@ class Shared:
         return any(layer.training and layer.p for layer in self._state.dropouts)
 
     def caches(self) -> Iterator[Cache]:
-        for module in self._inner:
-            yield from (value for value in vars(module).values() if isinstance(value, Cache))
+        return caches(self._inner)
 
     def copies(self) -> int:
         """Bytes of the tensors that the network's caches hold and that are not the parameters themselves."""
-        seen = {held["_parameters"]["weight"].untyped_storage().data_ptr() for held in self._weighted()}
-        kept = [value for cache in self.caches() for value in cache.values()]
-        total = sum(value.nbytes for value in kept if isinstance(value, Packed))
-        for tensor in tensors(kept):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                total += storage.nbytes()
-        return total
-
-    def _weighted(self) -> list[dict[str, Any]]:
-        return [held for held in self._state.holders if held["_parameters"].get("weight") is not None]
+        found = (held["_parameters"].get("weight") for held in self._state.holders)
+        return copies(self._inner, (weight for weight in found if weight is not None))
 
     def _attentions(self) -> Iterator[PackedAttention]:
         return (module for module in self._inner if isinstance(module, PackedAttention))

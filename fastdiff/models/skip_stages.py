@@ -74,7 +74,7 @@ class SkipUpStage(UpStage):
         if context.picture is not None:
             context.picture = filter_up(context.picture)
         if self.resnet_up is not None:
-            own = convolve(self.skip_conv, normed(self.skip_norm, x, context), context.packs)
-            context.picture = own if context.picture is None else context.picture + own
+            h = normed(self.skip_norm, x, context)
+            context.picture = convolve(self.skip_conv, h, context.packs, addend=context.picture)
             x = self.resnet_up(x, context)
         return x

@@ -107,6 +107,7 @@ class Fuser(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         assert context.objects is not None
+        # Attention reads keys of one tensor; of pixels and objects, joined before the norm and the product.
         seen = torch.cat([x, apply(self.linear, context.objects, context.packs)], dim=1)
         attended = self.attn(self.norm1(seen), context)[:, : x.shape[1]]
         h, x = add_and_norm(self.norm2, x, self.alpha_attn.tanh() * attended, context)

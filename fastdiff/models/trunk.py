@@ -169,6 +169,7 @@ class Trunk(nn.Module):
         classes = self._classes(class_labels, dtype)
         if classes is not None:
             classes = repeated(classes)
+            # Of one row a sample, once for a run; so is what follows.
             concat = self._c.class_embeddings_concat
             embedding = torch.cat([embedding, classes], dim=-1) if concat else embedding + classes
         if self.add_embedding is not None:

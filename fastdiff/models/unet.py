@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,14 +13,13 @@ from torch.nn import functional as F
 from fastdiff.errors import InputError
 from fastdiff.models import config as configuration
 from fastdiff.models.arena import in_arena
-from fastdiff.models.attention import PROMPTS, is_plain_norm
+from fastdiff.models.attention import PROMPTS
 from fastdiff.models.caches import Cache
-from fastdiff.models.conditions import ImageTime
+from fastdiff.models.conditions import ImageTime, made_once
 from fastdiff.models.context import Context
 from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.gligen import ObjectEmbedding
-from fastdiff.models.leaf import is_plain
-from fastdiff.models.maps import Map, normed, settled, total
+from fastdiff.models.maps import Map, normed, total
 from fastdiff.models.prepacked import convolve
 from fastdiff.models.stages import taken_maps, up_stage
 from fastdiff.models.times import TimeTables
@@ -57,6 +57,7 @@ class UNet(Trunk):
                 c.cross_attention_dim[0], pictured=c.attention_type == "gated-text-image"
             )
         self._text = Cache(PROMPTS)
+        self._hints = Cache(PROMPTS)
         self._times = TimeTables(self)
         self._time_runs = self._times.runs
         self.conv_out = nn.Conv2d(first, c.out_channels, c.conv_out_kernel, padding=(c.conv_out_kernel - 1) // 2)
@@ -128,14 +129,24 @@ class UNet(Trunk):
             if "image_embeds" not in added:
                 raise InputError("UNet: added_cond_kwargs has no 'image_embeds'; encoder_hid_dim_type needs it")
             given.append(added["image_embeds"])
-        layers = [inner for inner in self.encoder_hid_proj.modules() if not list(inner.children())]
-        made_of = [*(value for value in given if value is not None), *self.encoder_hid_proj.parameters()]
-        plain = all(is_plain(layer) or is_plain_norm(layer) for layer in layers)
-        if not (self.rewrites.text_cache and plain and settled(*made_of)):
-            projected: Tensor = self.encoder_hid_proj(*given)
-            return projected
+        projection: Callable[..., Tensor] = self.encoder_hid_proj
+        if not self.rewrites.text_cache:
+            return projection(*given)
         # Keys and values are remembered for the tensor that they were made of, so that has to stay the same one too.
-        return self._text.get(None, made_of, lambda: self.encoder_hid_proj(*given))  # type: ignore[misc]
+        present = [value for value in given if value is not None]
+        made = made_once(self._text, self.encoder_hid_proj, present, lambda: projection(*given))
+        return projection(*given) if made is None else made
+
+    def _hint(self, layers: ImageTime, picture: Tensor, context: Context) -> Tensor:
+        """What is made of the hint alone: once for a run where it can be."""
+        if self.rewrites.channels_last:
+            picture = picture.contiguous(memory_format=torch.channels_last)
+        made = None
+        if self.rewrites.text_cache:
+            # Once for a run, it is not worth a copy of the weights.
+            once = replace(context, packs=None)
+            made = made_once(self._hints, layers.input_hint_block, [picture], lambda: layers.hint(picture, once))
+        return layers.hint(picture, context) if made is None else made
 
     def _enter(self, sample: Tensor, context: Context, added: Mapping[str, Tensor]) -> Tensor:
         """conv_in of the sample, centred and joined with a hint where the network is so."""
@@ -144,7 +155,8 @@ class UNet(Trunk):
         if self._c.center_input_sample:
             sample = 2 * sample - 1
         if isinstance(self.add_embedding, ImageTime) and self._c.addition_embed_type == "image_hint":
-            sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
+            # Two times four channels: less to write than the results of two convolutions are to add.
+            sample = torch.cat([sample, self._hint(self.add_embedding, added["hint"], context)], dim=1)
         context.picture = sample
         return convolve(self.conv_in, sample, context.packs)
 
@@ -153,5 +165,4 @@ class UNet(Trunk):
         if self.conv_norm_out is not None:
             x = normed(self.conv_norm_out, x, context, keep=False)
             x = x if self.conv_norm_out.silu else self.act(x)
-        out = convolve(self.conv_out, total(x), context.packs)
-        return out if context.picture is None else out + context.picture
+        return convolve(self.conv_out, total(x), context.packs, addend=context.picture)

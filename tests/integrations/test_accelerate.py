@@ -371,6 +371,20 @@ def test_a_network_of_ours_gets_the_rewrites() -> None:
     assert fastdiff.restore(network).rewrites == Rewrites()
 
 
+def test_a_network_of_ours_is_reported_with_its_copies() -> None:
+    network = fastdiff.accelerate(UNet(**SD15).requires_grad_(False))
+    assert fastdiff.report().networks == {"UNet": 0}
+    with torch.no_grad():
+        network(X, T, torch.randn(len(X), 5, network.config["cross_attention_dim"]))
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    assert weights / 2 < fastdiff.report().networks["UNet"] < 2 * weights
+    assert fastdiff.restore(network) is network
+    assert not fastdiff.report().networks
+    fastdiff.accelerate(network)
+    del network
+    assert not fastdiff.report().networks
+
+
 @pytest.mark.parametrize("target", [3, UNet2DModel, object()], ids=["number", "class", "object"])
 def test_other_targets_are_refused(target: Any) -> None:
     for function in (fastdiff.accelerate, fastdiff.restore):
