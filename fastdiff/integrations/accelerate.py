@@ -26,6 +26,7 @@ __all__ = ["accelerate", "restore"]
 
 Target = TypeVar("Target")
 
+_COMPILED = "torch.compile runs the library's code"
 _patched: weakref.WeakSet[Any] = weakref.WeakSet()
 """The schedulers that `accelerate` has put into pipelines."""
 
@@ -149,12 +150,22 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__module__ == "torch._dynamo.eval_frame" and hasattr(module, "_orig_mod")
 
 
+def _compiled_inside(module: nn.Module) -> str | None:
+    """Whether `Module.compile` was called on what we would run."""
+    kind = converter(module)
+    assert kind is not None
+    parts = (module.get_submodule(path) for path in kind.calls)
+    return _COMPILED if any(part._compiled_call_impl is not None for part in parts) else None
+
+
 def _is_model(module: nn.Module) -> bool:
     return type(module).__module__.startswith("diffusers.") and hasattr(module, "config")
 
 
 def _is_encoder(module: nn.Module) -> bool:
-    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+    # Wrappers such as PEFT's have mixins of that library, which are no modules.
+    kinds = (kind for kind in type(module).__mro__ if issubclass(kind, nn.Module))
+    return any(kind.__module__.startswith("transformers.") for kind in kinds)
 
 
 def _add(plan: _Plan, name: str, network: nn.Module, rewrites: Rewrites) -> None:
@@ -173,7 +184,7 @@ def _walk(
 ) -> None:
     if _is_compiled(module):
         inner: Any = module._orig_mod
-        plan.left.append((_title(name, inner), "torch.compile runs the library's code; pass the uncompiled module"))
+        plan.left.append((_title(name, inner), f"{_COMPILED}; pass the uncompiled module"))
         return
     if _is_ours(module):
         plan.ours.append(module)
@@ -210,7 +221,7 @@ def _choose(plan: _Plan, conversion: Conversion, new: bool) -> None:
     reason = foreign(module)
     if reason is None:
         try:
-            reason = conversion.obstacle()
+            reason = conversion.obstacle() or _compiled_inside(module)
         except InputError as error:
             reason = str(error)
         else:

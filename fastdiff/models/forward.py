@@ -88,7 +88,15 @@ def foreign(module: nn.Module) -> str | None:
     inside = held.get("_old_forward", held.get("forward"))
     if inside is None or isinstance(inside, Forward) or getattr(inside, "__func__", None) is type(module).forward:
         return None
-    return f"its forward was replaced by {getattr(inside, '__qualname__', type(inside).__qualname__)}"
+    return f"its forward was replaced by {replacer(module, inside)}"
+
+
+def replacer(module: nn.Module, value: Any) -> str:
+    """Who has put `value` in the place of a method: the hooks of accelerate or diffusers, or what it calls itself."""
+    held = vars(module)
+    hooks = [held.get("_hf_hook"), *getattr(held.get("_diffusers_hook"), "hooks", {}).values()]
+    names = [f"{type(hook).__module__}.{type(hook).__qualname__}" for hook in hooks if hook is not None]
+    return ", ".join(names) or getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def remove(module: nn.Module) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
+from fastdiff.models.leaf import is_own
+
 _NEAREST = ("nearest", "nearest-exact")
 
 
@@ -26,7 +28,8 @@ def is_bare(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else: no hook, no forward of its own."""
     held, kind = vars(module), type(module)
     return (
-        not (held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held)
+        not (held["_forward_hooks"] or held["_forward_pre_hooks"])
+        and ("forward" not in held or is_own(module, "forward"))
         and held.get("_compiled_call_impl") is None
         and kind.__call__ is nn.Module.__call__
         and getattr(kind, "__getattr__", None) is nn.Module.__getattr__

@@ -17,7 +17,14 @@ def is_plain(leaf: nn.Module) -> bool:
     return (
         type(leaf) in _PLAIN
         and not (held["_forward_hooks"] or held["_forward_pre_hooks"])
-        and not any(method in held for method in _METHODS)
+        and all(method not in held or is_own(leaf, method) for method in _METHODS)
         and type(held["_parameters"].get("weight")) in _WEIGHTS
         and held.get("padding_mode", "zeros") == "zeros"
     )
+
+
+def is_own(module: nn.Module, method: str) -> bool:
+    """Whether what the module itself holds by that name is its class's method, put back by a hook that has gone."""
+    held = module.__dict__[method]
+    own = getattr(type(module), method, None)
+    return getattr(held, "__self__", None) is module and getattr(held, "__func__", None) is own

@@ -205,7 +205,7 @@ def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs, *, addend: Te
         if addend is None:
             y: Tensor = extension.multiply(x, packed, bias, outputs)
             return y
-        y = extension.convolve(_as_map(x), packed, bias, _as_map(addend), outputs, (1, 1), (1, 1), (0, 0))
+        y = extension.conv_packed(_as_map(x), packed, bias, _as_map(addend), outputs, (1, 1), (1, 1), (0, 0))
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], outputs)
     rows = x.numel() // x.shape[-1]
     packed = held.at(rows, lambda: torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))  # type: ignore

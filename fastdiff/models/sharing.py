@@ -17,8 +17,9 @@ from torch.nn.modules import module as torch_module
 from fastdiff.errors import InputError
 from fastdiff.models.attention import PackedAttention
 from fastdiff.models.caches import Cache
-from fastdiff.models.forward import Forward
+from fastdiff.models.forward import Forward, replacer
 from fastdiff.models.kept import caches, copies
+from fastdiff.models.leaf import is_own
 
 _LEAVES = (nn.Linear, nn.Conv2d)
 """Other code may put layers of its own in their place; ours call whatever lies there."""
@@ -44,7 +45,8 @@ def _count_change(parent: nn.Module, name: str, child: Any) -> None:
     # A layer that was wrapped, had its weight written to, and was unwrapped between two calls is the same object with
     # the same version as before.
     global _changes
-    if parent in _parents:
+    # A compiler, which may run this, would guard what it compiles on the members of the set.
+    if not torch.compiler.is_compiling() and parent in _parents:
         _changes += 1
 
 
@@ -257,8 +259,10 @@ def _difference(module: nn.Module, path: str, known: Facts) -> str | None:
         if name in known.values and name not in _FREE:
             if not _is_value(value) or value != known.values[name]:
                 return f"{path}.{name} is {value!r}, not {known.values[name]!r}"
-        elif callable(getattr(type(module), name, None)) and not isinstance(value, Forward):
-            return f"{path}.{name} was replaced"
+        elif (
+            callable(getattr(type(module), name, None)) and not isinstance(value, Forward) and not is_own(module, name)
+        ):
+            return f"{path}.{name} was replaced by {replacer(module, value)}"
     processor = held.get("processor")
     names = _PROCESSORS if held.get("added_kv_proj_dim") is None else _ADDED_PROCESSORS
     if processor is not None and not _is_library_processor(processor, names):
