@@ -13,7 +13,7 @@ struct WinogradFloat {
   static constexpr int PAIR = 1;                   // channels whose weights lie side by side for each output
   static constexpr int COLUMNS = 32;               // outputs of a block of transformed weights
   static constexpr int64_t DEPTH = 128;            // channels of a block at most, a multiple of 16
-  static constexpr int64_t SUM = 32;               // products summed before they are added to the others
+  static constexpr int64_t SUM = 16;               // products summed before they are added to the others
   static constexpr int64_t STRIP = 128;            // tiles of a strip at most
   static constexpr int64_t STRIP_BYTES = 8 << 20;  // of transformed input, where that leaves 32 tiles
 
@@ -39,14 +39,9 @@ struct WinogradFloat {
   template <int ROWS>
   static void multiply_tile(const float* v, int64_t stride, const float* u, int64_t depth, float* m, bool first) {
     Floats total[ROWS][2] = {};
-    if (!first) {
-#pragma GCC unroll 6
-      for (int r = 0; r < ROWS; ++r) total[r][0] = get(m + r * COLUMNS), total[r][1] = get(m + r * COLUMNS + LANES);
-    }
-    for (int64_t begin = 0; begin < depth; begin += SUM) {
+    for (int64_t begin = 0; begin < depth; begin += SUM, v += SUM) {
       Floats sum[ROWS][2] = {};
-      const int64_t end = smaller(begin + SUM, depth);
-      for (int64_t t = begin; t < end; ++t, u += COLUMNS) {
+      for (int64_t t = 0; t < SUM; ++t, u += COLUMNS) {
         const Floats u0 = get(u), u1 = get(u + LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r) {
@@ -59,7 +54,10 @@ struct WinogradFloat {
       for (int r = 0; r < ROWS; ++r) total[r][0] += sum[r][0], total[r][1] += sum[r][1];
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < ROWS; ++r) put(m + r * COLUMNS, total[r][0]), put(m + r * COLUMNS + LANES, total[r][1]);
+    for (int r = 0; r < ROWS; ++r, m += COLUMNS) {
+      put(m, first ? total[r][0] : get(m) + total[r][0]);
+      put(m + LANES, first ? total[r][1] : get(m + LANES) + total[r][1]);
+    }
   }
 };
 

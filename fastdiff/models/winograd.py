@@ -11,7 +11,7 @@ _LANES, _BLOCK = 16, 32
 _TRANSFORMS = {2: (16, 80, 90), 4: (36, 200, 200)}
 """For each size of a tile: its products; what transforming it costs, as products, on the way in and on the way out; and
 what transforming a weight costs."""
-_FEWEST_CHANNELS = 64
+_FEWEST_CHANNELS = 128
 """For tiles of 4: below, sums are so short that the transforms would make most of the rounding error."""
 _GAIN = 0.9
 """Tiles of 4 round twice as much as tiles of 2, so that they have to gain something."""
