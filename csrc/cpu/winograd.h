@@ -172,16 +172,20 @@ class Winograd {
                            column / PACKED_OUTPUTS * PACKED_OUTPUTS * 9 * args_.channels + column % PACKED_OUTPUTS;
     for (int64_t c = 0; c < depth; c += PAIR) {
       for (int64_t o = 0; o < COLUMNS; o += LANES) {
-        Floats both[PAIR][SIZE][SIZE];
+        Floats half[PAIR][SIZE][3];
 #pragma GCC unroll 2
-        for (int p = 0; p < PAIR; ++p) filter_weight(panel + o, channel + c + p, both[p]);
+        for (int p = 0; p < PAIR; ++p) filter_columns(panel + o, channel + c + p, half[p]);
         Element* to = u + (c * COLUMNS + o * PAIR);
 #pragma GCC unroll 6
         for (int i = 0; i < SIZE; ++i) {
+          Floats row[PAIR][SIZE];
+#pragma GCC unroll 2
+          for (int p = 0; p < PAIR; ++p) Filter::weight(half[p][i], row[p]);
 #pragma GCC unroll 6
           for (int j = 0; j < SIZE; ++j) {
             Floats pair[PAIR];
-            for (int p = 0; p < PAIR; ++p) pair[p] = both[p][i][j];
+#pragma GCC unroll 2
+            for (int p = 0; p < PAIR; ++p) pair[p] = row[p][j];
             Product::store_weight(to + (i * SIZE + j) * U_APART, pair);
           }
         }
@@ -189,8 +193,7 @@ class Winograd {
     }
   }
 
-  void filter_weight(const Element* panel, int64_t channel, Floats (&u)[SIZE][SIZE]) const {
-    Floats half[SIZE][3];
+  void filter_columns(const Element* panel, int64_t channel, Floats (&half)[SIZE][3]) const {
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
       Floats g[3] = {}, column[SIZE];
@@ -204,8 +207,6 @@ class Winograd {
 #pragma GCC unroll 6
       for (int i = 0; i < SIZE; ++i) half[i][j] = column[i];
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < SIZE; ++i) Filter::weight(half[i], u[i]);
   }
 
   // LANES outputs from `output` on, or as many as there are, of the OUT x OUT pixels of a tile inside the result.
@@ -225,6 +226,15 @@ class Winograd {
     const int64_t count = smaller(LANES, args_.outputs - output);
     const Floats bias = args_.bias ? some(args_.bias + output, count) : Floats{};
     const int64_t down = smaller(OUT, args_.out_height - at.row), across = smaller(OUT, args_.out_width - at.column);
+    if (down == OUT && across == OUT && count == LANES) {
+#pragma GCC unroll 4
+      for (int i = 0; i < OUT; ++i) {
+        const int64_t pixel = (at.sample * args_.out_height + at.row + i) * args_.out_width + at.column;
+#pragma GCC unroll 4
+        for (int j = 0; j < OUT; ++j) finish((pixel + j) * args_.outputs + output, LANES, y[i][j] + bias);
+      }
+      return;
+    }
     for (int64_t i = 0; i < down; ++i) {
       const int64_t pixel = (at.sample * args_.out_height + at.row + i) * args_.out_width + at.column;
       for (int64_t j = 0; j < across; ++j) finish((pixel + j) * args_.outputs + output, count, y[i][j] + bias);
