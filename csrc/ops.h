@@ -189,6 +189,23 @@ struct WinogradPackArgs {
   int threads;
 };
 
+// A channels-last map and a weight that was packed, bfloat16, with an even number of channels.
+struct ConvolveBFloat16Args {
+  int64_t samples, channels, height, width;
+  int64_t outputs, out_height, out_width;
+  int64_t taps[2], stride[2], padding[2];
+  const void *x, *weight, *bias, *addend;  // bias and addend (as the result) may be null
+  void* out;
+  int threads;
+};
+
+struct PackBFloat16Args {
+  int64_t outputs, channels, taps;
+  const uint16_t* weight;
+  uint16_t* to;
+  int threads;
+};
+
 struct PackArgs {
   int64_t outputs, channels, taps;
   const float* weight;
@@ -226,6 +243,8 @@ namespace cpu {
   int64_t winograd_scratch(const WinogradArgs& args); \
   void winograd(const WinogradArgs& args);            \
   bool has_bfloat16_products();                       \
+  void convolve_bfloat16(const ConvolveBFloat16Args& args); \
+  void pack_bfloat16(const PackBFloat16Args& args);   \
   void pack_winograd_bfloat16(const WinogradPackArgs& args); \
   int64_t winograd_bfloat16_scratch(const WinogradArgs& args); \
   void winograd_bfloat16(const WinogradArgs& args);   \

@@ -154,7 +154,7 @@ def _compiled_inside(module: nn.Module) -> str | None:
     """Whether `Module.compile` was called on what we would run."""
     kind = converter(module)
     assert kind is not None
-    parts = (module.get_submodule(path) for path in kind.calls)
+    parts = (module.get_submodule(path) for path in kind.parts or ("",))
     return _COMPILED if any(part._compiled_call_impl is not None for part in parts) else None
 
 
