@@ -349,8 +349,8 @@ def test_a_picture_has_a_panel_for_each_network(tmp_path):
         }
         for model in "abc"
         for code in ("before", "after")
-        for i in range(plot.LAYERS + 3)
+        for i in range(9)
     ]
-    plot.draw(lines, tmp_path / "x.svg")
+    plot.draw(lines, tmp_path / "x.svg", layers=6)
     text = (tmp_path / "x.svg").read_text()
     assert text.startswith("<?xml")

@@ -15,8 +15,6 @@ from fastdiff.profiling.table import Line
 __all__ = ["check", "draw"]
 
 FORMATS = ("png", "svg", "pdf")
-LAYERS = 24
-"""Bars of a panel: the longest layers; the others are one bar."""
 OTHERS = "all others"
 
 
@@ -28,9 +26,9 @@ def check(path: Path) -> None:
         raise InputError("plot: expected matplotlib, which is not installed: pip install matplotlib")
 
 
-def draw(rows: Sequence[Line], path: Path) -> None:
-    """A panel for each model, shape and dtype, in it the layers, the longest first; the black line of a bar is the
-    layer's roofline. Codes are told apart by colour, in the order of the rows."""
+def draw(rows: Sequence[Line], path: Path, *, layers: int = 24) -> None:
+    """A panel for each model, shape and dtype, in it so many of the longest layers, and one bar for all others. The
+    black line of a bar is the layer's roofline. Codes are told apart by colour, in the order of the rows."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -42,10 +40,10 @@ def draw(rows: Sequence[Line], path: Path) -> None:
     wide = 2 if len(panels) > 1 else 1
     deep = -(-len(panels) // wide)
     figure, axes = pyplot.subplots(
-        deep, wide, figsize=(9 * wide, 0.34 * (LAYERS + 5) * deep), layout="constrained", squeeze=False
+        deep, wide, figsize=(9 * wide, 0.34 * (layers + 5) * deep), layout="constrained", squeeze=False
     )
     for place, (title, measured) in zip(axes.flat, panels.items(), strict=False):
-        _panel(place, ", ".join(title), measured)
+        _panel(place, ", ".join(title), measured, layers)
     for place in axes.flat[len(panels) :]:
         place.set_axis_off()
     figure.suptitle(f"time of a step's layers; {rows[0]['hardware']}, {rows[0]['threads']} threads", fontsize=9)
@@ -55,12 +53,12 @@ def draw(rows: Sequence[Line], path: Path) -> None:
     write_atomic(path, picture.getvalue())
 
 
-def _panel(axes: Any, title: str, rows: Sequence[Line]) -> None:
+def _panel(axes: Any, title: str, rows: Sequence[Line], layers: int) -> None:
     codes = list(dict.fromkeys(row["code"] for row in rows))
     times = {(row["code"], _name(row)): row for row in rows}
     names = list(dict.fromkeys(_name(row) for row in rows))
     names.sort(key=lambda name: -max(_number(times.get((code, name)), "time_us") for code in codes))
-    shown, others = names[:LAYERS], names[LAYERS:]
+    shown, others = names[:layers], names[layers:]
     height = 0.84 / len(codes)
     for index, code in enumerate(codes):
         step = next(row["step_us"] for row in rows if row["code"] == code)
