@@ -76,7 +76,7 @@ def test_compiled_networks_are_rows_with_their_first_call(
     monkeypatch.setattr(cases, "FROZEN", frozen)
     found = rows(Case("compiled", network, shape))
     assert set(found) == {"torch.compile", *(["torch.compile frozen"] * len(frozen)), "fastdiff automatic"}
-    assert len(compiled) == 1 + len(frozen)
+    assert len(compiled) >= 1 + len(frozen)
     for row in found.values():
         assert float(row["first_call_s"]) > float(row["p50_us"]) * 1e-6 > 0
     lines = table.markdown([*found.values()]).splitlines()
