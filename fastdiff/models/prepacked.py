@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fastdiff.models.arena import outside
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
-from fastdiff.models.recording import recorded
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.ops import fold_upsample, native
 
@@ -81,15 +80,6 @@ def takes(leaves: Sequence[nn.Module], x: Tensor, packs: Packs | None, *, second
     return packs is not None and (second is None or _fits(second)) and _takes(leaves, x, second)
 
 
-def _event(conv: nn.Module, x: Tensor, packs: Packs | None, *also: Any) -> tuple[Any, ...]:
-    """The inputs of aten::conv2d, and other tensors that the call reads."""
-    if packs is None:
-        return ()
-    *rest, groups = (list(part) if isinstance(part, tuple) else part for part in _geometry(conv)[1:])
-    return (x, conv.weight, conv.bias, *rest, groups, *also)
-
-
-@recorded(lambda conv, x, packs, *, bias=True, addend=None: _event(conv, x, packs, addend))
 def convolve(
     conv: nn.Module, x: Tensor, packs: Packs | None, *, bias: bool = True, addend: Tensor | None = None
 ) -> Tensor:
@@ -101,7 +91,6 @@ def convolve(
     return _convolve(weight, own_bias, lambda: weight, x, _geometry(conv), packs, addend=addend)
 
 
-@recorded(lambda conv, x, packs, *, bias: _event(conv, x, packs))
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
     own_bias = conv.bias.repeat(4) if bias and conv.bias is not None else None
@@ -147,7 +136,6 @@ def _convolve(
     return run.binary(x, addend, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
 
 
-@recorded(lambda conv, x, second, packs: _event(conv, x, packs, second))
 def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
     """conv of x and `second` as if concatenated along the channels: the sum of a product each."""
     weight, geometry, channels = cast(Tensor, conv.weight), _geometry(conv), x.shape[1]
@@ -162,7 +150,6 @@ def apply(leaf: nn.Module, x: Tensor, packs: Packs | None) -> Tensor:
     return products((leaf,), x, packs) if packs is not None and _takes((leaf,), x) else leaf(x)
 
 
-@recorded(lambda leaves, x, packs: (x, *(leaf.weight for leaf in leaves)))
 def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs) -> Tensor:
     """[W_1; W_2; ...] x + [b_1; b_2; ...] along the last dimension of x, for layers that `takes` takes.
 

@@ -71,17 +71,27 @@ def layer(event: Event) -> Layer:
 def _convolution(event: Event) -> Layer:
     x, weight = event.shapes[:2]
     stride, padding, dilation = (_both(value) for value in event.others[3:6])
-    sizes = zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
-    return _convolved(event, [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes], stride)
+    return _convolved(event, _size(x[2:], weight[2:], stride, padding, dilation), stride, int(event.others[6]))
+
+
+def _added(event: Event) -> Layer:
+    """fastdiff::conv_bias_residual, whose fourth input is the residual."""
+    x, weight = event.shapes[:2]
+    stride, padding = (_both(value) for value in event.others[4:6])
+    return _convolved(event, _size(x[2:], weight[2:], stride, padding, [1, 1]), stride)
+
+
+def _size(x: Sequence[int], taps: Sequence[int], *how: Sequence[int]) -> list[int]:
+    """Of a convolution's result. how: stride, padding and dilation."""
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x, taps, *how, strict=True)]
 
 
 def _doubled(event: Event) -> Layer:
     return _convolved(event, [2 * n for n in event.shapes[0][2:]], [1, 1])
 
 
-def _convolved(event: Event, size: Sequence[int], stride: Sequence[int]) -> Layer:
+def _convolved(event: Event, size: Sequence[int], stride: Sequence[int], groups: int = 1) -> Layer:
     x, weight = event.shapes[:2]
-    groups = int(event.others[6] or 1)
     pixels = x[0] * math.prod(size)
     step = "" if set(stride) == {1} else f" stride {stride[0]}"
     return Layer(
@@ -156,6 +166,7 @@ def _pointwise(event: Event) -> Layer:
 
 _FORMULAS: dict[str, Callable[[Event], Layer]] = {
     **dict.fromkeys(("aten::conv2d", "fastdiff::convolve", "fastdiff::convolve_both"), _convolution),
+    "fastdiff::conv_bias_residual": _added,
     "fastdiff::convolve_doubled": _doubled,
     "fastdiff::upsample_conv": _upsampled,
     **dict.fromkeys(("aten::linear", "fastdiff::products"), _product),

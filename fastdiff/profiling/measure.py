@@ -14,6 +14,7 @@ import torch
 from fastdiff.config import quieten_profiler
 from fastdiff.profiling.layers import Event, Layer, layer
 from fastdiff.profiling.machine import Machine
+from fastdiff.profiling.recording import packed_products_recorded
 
 __all__ = ["Profile", "Row", "profile"]
 
@@ -97,7 +98,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _recorded(call: Callable[[], Any], steps: int) -> list[_Calls]:
     """The calls of each layer, for each of so many steps."""
     quieten_profiler()
-    with torch.autograd.profiler.profile(record_shapes=True) as recorder:
+    with packed_products_recorded(), torch.autograd.profiler.profile(record_shapes=True) as recorder:
         for _ in range(steps):
             with torch.profiler.record_function(_STEP):
                 call()
