@@ -26,7 +26,7 @@ lint: .venv/developing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/developing
+bench: .venv/benching
 	$(BIN)/fastdiff bench
 
 quality: .venv/developing
@@ -57,6 +57,10 @@ gpu:
 .venv/developing: .venv/installed
 	$(BIN)/python -m pip install --quiet --group dev
 	$(BIN)/python -m pip install --quiet --no-deps k-diffusion==0.1.1.post1  # its samplers, without what it trains with
+	touch $@
+
+.venv/benching: .venv/developing
+	$(BIN)/python -m pip install --quiet --group bench
 	touch $@
 
 clean:

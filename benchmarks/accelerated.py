@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff
+from benchmarks import cases, compilers
 from benchmarks.cases import Case
 from benchmarks.count import count
 from benchmarks.inputs import normal
-from benchmarks.work import AUTOMATIC, Work
+from benchmarks.work import AUTOMATIC, FirstTimed, Work
+from fastdiff import profiling
 from fastdiff.models.rewrites import names
 
 STEPS, INDEX = 50, 25
@@ -35,13 +37,6 @@ class Network:
     stepped: bool = False
 
 
-def _autoencoder(width: int, *, layers: int, groups: int) -> Network:
-    sizes = (width, 2 * width, 4 * width, 4 * width)
-    stages = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    shape = {"block_out_channels": sizes, "layers_per_block": layers, "norm_num_groups": groups}
-    return Network("AutoencoderKL", {**shape, **stages})
-
-
 _TINY = {
     "sample_size": 16,
     "layers_per_block": 1,
@@ -52,22 +47,7 @@ _TINY = {
 }
 
 NETWORKS = {
-    "cifar": Network(
-        "UNet2DModel",
-        {
-            "sample_size": 32,
-            "block_out_channels": (128, 256, 256, 256),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": None,
-            "norm_eps": 1e-6,
-            "downsample_padding": 0,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-        },
-    ),
-    "sd15": Network("UNet2DConditionModel", {"cross_attention_dim": 768}, text=768),
-    "decoder": _autoencoder(128, layers=2, groups=32),
+    **{name: Network(each.kind, each.config, text=each.text) for name, each in profiling.NETWORKS.items()},
     "small_unet": Network(
         "UNet2DConditionModel",
         {
@@ -81,7 +61,15 @@ NETWORKS = {
         },
         text=256,
     ),
-    "small_decoder": _autoencoder(32, layers=1, groups=8),
+    "small_decoder": Network(
+        "AutoencoderKL",
+        {
+            **profiling.NETWORKS["decoder"].config,
+            "block_out_channels": (32, 64, 128, 128),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+        },
+    ),
     "small_dit": Network(
         "DiTTransformer2DModel",
         {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 6, "sample_size": 16},
@@ -90,32 +78,40 @@ NETWORKS = {
     "tiny_unet": Network("UNet2DModel", _TINY),
     "tiny_step": Network("UNet2DModel", _TINY, stepped=True),
 }
-"""cifar, sd15 and decoder are the networks of DDPM (Ho et al. 2020) and Stable Diffusion 1.5 as diffusers configures
-them; the others are of their kinds, small enough for a call to take milliseconds."""
+"""Those that `fastdiff profile` knows by name; the others are of their kinds, small enough for a call to take
+milliseconds."""
 
 
 def build(case: Case, device: torch.device) -> Work:
     rewrite, _, name = case.variant.rpartition("-")
     dtype = getattr(torch, case.dtype)
 
-    def call(change: Callable[[Any], Any]) -> Callable[[], Tensor]:
+    def call(change: Callable[[Any], Any], dtype: torch.dtype = dtype) -> Callable[[], Tensor]:
         return _call(name, case.shape, dtype, device, change)
 
     # First, while there are no copies of a large network beside the one in float64.
     truth, flops = _truth(name, case.shape)
-    channels_last = call(_channels_last)
     if rewrite:
         chosen = {WITHOUT: [each for each in names() if each != rewrite], NONE: [], ONLY: [rewrite]}
         peers = {who: call(partial(fastdiff.accelerate, rewrites=rewrites)) for who, rewrites in chosen.items()}
+    elif case.operator == "compiled":
+        frozen = {compilers.FROZEN: True} if name in cases.FROZEN else {}
+        modes = {compilers.COMPILED: False, **frozen}
+        peers = {who: call(partial(compilers.compiled, freezing=freezing)) for who, freezing in modes.items()}
     else:
-        peers = {"diffusers": call(_as_it_is), "diffusers channels-last": channels_last}
+        peers = {"diffusers": call(_as_it_is), "diffusers channels-last": call(_channels_last)}
+        if dtype != torch.float32:
+            peers["diffusers float32"] = call(_as_it_is, torch.float32)
+        if device.type == "cpu" and compilers.has_openvino():
+            peers["openvino"] = _in_openvino(name, case.shape, dtype)
+    # Without weights that were laid out beforehand the convolutions are PyTorch's own, which are less exact on a CPU
+    # in the layout that ours have.
+    plain = peers["diffusers"] if "diffusers" in peers else call(_channels_last if rewrite else _as_it_is)
     return Work(
         peers=peers,
         ours=call(fastdiff.accelerate),
         truth=truth,
-        # Without weights that were laid out beforehand the convolutions are PyTorch's own, which are less exact
-        # on a CPU in the layout that ours have.
-        plain=channels_last() if rewrite else peers["diffusers"](),
+        plain=plain(),
         flops=flops,
         steps=1,
         backends=(AUTOMATIC,),
@@ -146,37 +142,59 @@ def _network(name: str) -> nn.Module:
 
 def _call(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, change: Callable[[Any], Any]
-) -> Callable[[], Tensor]:
-    """A call of a copy of the network. change: what happens to the network, or to the pipeline that it is in."""
-    layout, samples = NETWORKS[name], shape[0]
-    network: Any = copy.deepcopy(_network(name)).to(device, dtype)
-    x = normal(*shape, seed=0, dtype=torch.bfloat16, device=device).to(dtype)
-    if layout.kind == "AutoencoderKL":
-        change(network)
-        return lambda: network.decoder(x)
+) -> FirstTimed:
+    """A call of the network, or of a copy. change: what happens to the network, or to the pipeline that it is in, at
+    the first call."""
+    layout, base = NETWORKS[name], _network(name)
+    # Those that nothing changes are one, as large ones have no room for more.
+    same = change is _as_it_is and base.dtype == dtype and device.type == "cpu"  # type: ignore[comparison-overlap]
+    network: Any = base if same else copy.deepcopy(base).to(device, dtype)
+    x, times, given = inputs(layout, shape, dtype, device)
     scheduler: Any = None
+    changed: Any = None
     if layout.stepped:
         from diffusers import DDIMPipeline, DDIMScheduler
 
-        scheduler = change(DDIMPipeline(network, DDIMScheduler(clip_sample=False))).scheduler
-        scheduler.set_timesteps(STEPS, device=device)
-        times = scheduler.timesteps
-    else:
-        change(network)
-        times = torch.arange(0, 20 * STEPS, 20, device=device)
-    given: dict[str, Tensor] = {}
-    if layout.text:
-        text = normal(samples, 77, layout.text, seed=1, dtype=torch.bfloat16, device=device)
-        given["encoder_hidden_states"] = text.to(dtype)
-    if layout.classes:
-        given["class_labels"] = torch.arange(samples, device=device)
+        network = DDIMPipeline(network, DDIMScheduler(clip_sample=False))
 
     def call() -> Tensor:
+        nonlocal changed, scheduler, times
+        if changed is None:
+            changed = change(network)
+            if layout.stepped:
+                changed, scheduler = changed.unet, changed.scheduler
+                scheduler.set_timesteps(STEPS, device=device)
+                times = scheduler.timesteps
+        if layout.kind == "AutoencoderKL":
+            return changed.decoder(x)
         t = times[INDEX]
-        output: Tensor = network(x, t.expand(samples) if layout.classes else t, return_dict=False, **given)[0]
+        output: Tensor = changed(x, t.expand(len(x)) if layout.classes else t, return_dict=False, **given)[0]
         return output if scheduler is None else scheduler.step(output, t, x, return_dict=False)[0]
 
-    return call
+    return FirstTimed(call)
+
+
+def inputs(
+    layout: Network, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x, the times of a run, and what the network is called with besides; the same numbers in every dtype."""
+    x = normal(*shape, seed=0, dtype=torch.bfloat16, device=device).to(dtype)
+    given: dict[str, Tensor] = {}
+    if layout.text:
+        text = normal(shape[0], 77, layout.text, seed=1, dtype=torch.bfloat16, device=device)
+        given["encoder_hidden_states"] = text.to(dtype)
+    if layout.classes:
+        given["class_labels"] = torch.arange(shape[0], device=device)
+    return x, torch.arange(0, 20 * STEPS, 20, device=device), given
+
+
+def _in_openvino(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> FirstTimed:
+    """OpenVINO takes float32 and is told what to compute in."""
+    layout, network = NETWORKS[name], _network(name)
+    x, times, given = inputs(layout, shape, torch.float32, torch.device("cpu"))
+    if layout.kind == "AutoencoderKL":
+        return FirstTimed(compilers.openvino(network.decoder, (x,), (), dtype))
+    return FirstTimed(compilers.openvino(network, (x, times[INDEX], *given.values()), tuple(given), dtype))
 
 
 def _as_it_is(target: Any) -> Any:

@@ -29,6 +29,7 @@ COLUMNS = (
     (
         Panel("schedulers' steps, against diffusers' own", ("drop_in",), logarithmic=True),
         Panel("networks and whole loops, against diffusers and PyTorch", ("network", "sampling")),
+        Panel("networks, against torch.compile", ("compiled",)),
         Panel("networks with all rewrites, against all but this one", ("rewrite",)),
     ),
 )
@@ -42,7 +43,8 @@ def plot(rows: Sequence[Row], out: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    chosen = [row for row in rows if row["chosen"] == "yes"]
+    # First calls are no speed of a network.
+    chosen = [row for row in rows if row["chosen"] == "yes" and row["operator"] != "first_call"]
     columns = [found for column in COLUMNS if (found := [(p, r) for p in column if (r := _shown(p, chosen))])]
     heights = [sum(len(shown) + SPACE for _, shown in column) for column in columns]
     size = (9 * len(columns), 0.2 * max(heights) + 0.4)

@@ -27,15 +27,16 @@ COLUMNS = (
     *("case", "operator", "variant", "shape", "dtype", "contender", "chosen"),
     *("p20_us", "p50_us", "p80_us", "rounds", "calls", "disturbed", "speedup", "steps_per_second"),
     *("gbytes_per_second", "gflops_per_second", "roofline_share", "relative_error"),
+    *("first_call_s", "peak_mbytes", "weight_mbytes"),
     *("device", "hardware", "threads", "cpu_capability", "date", "commit"),
-    *("fastdiff", "python", "torch", "triton", "diffusers"),
+    *("fastdiff", "python", "torch", "triton", "diffusers", "openvino"),
 )
 Row = Mapping[str, str]
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """The columns that are equal in every row of a run."""
-    packages = {name: _version(name) for name in ("triton", "diffusers")}
+    packages = {name: _version(name) for name in ("triton", "diffusers", "openvino")}
     return {
         "device": device.type,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -82,6 +83,7 @@ def row(
     steps: int,
     best: float,
     error: float | None,
+    first: float | None,
     facts: Row,
 ) -> dict[str, str]:
     """One line of the CSV; rates and the share of the roofline belong to the median. best: the roofline's seconds."""
@@ -94,18 +96,19 @@ def row(
         "dtype": case.dtype,
         "contender": contender,
         "chosen": "yes" if chosen else "no",
-        "p20_us": _short(timing.p20 * 1e6),
-        "p50_us": _short(seconds * 1e6),
-        "p80_us": _short(timing.p80 * 1e6),
+        "p20_us": short(timing.p20 * 1e6),
+        "p50_us": short(seconds * 1e6),
+        "p80_us": short(timing.p80 * 1e6),
         "rounds": str(timing.rounds),
         "calls": str(timing.calls),
         "disturbed": f"{timing.disturbed:.2f}",
-        "speedup": _short(baseline.p50 / seconds),
-        "steps_per_second": _short(steps / seconds),
-        "gbytes_per_second": _short(traffic / seconds / 1e9),
-        "gflops_per_second": _short(flops / seconds / 1e9),
-        "roofline_share": _short(best / seconds),
+        "speedup": short(baseline.p50 / seconds),
+        "steps_per_second": short(steps / seconds),
+        "gbytes_per_second": short(traffic / seconds / 1e9),
+        "gflops_per_second": short(flops / seconds / 1e9),
+        "roofline_share": short(best / seconds),
         "relative_error": "" if error is None else f"{error:.2e}",
+        "first_call_s": "" if first is None else short(first),
         **facts,
     }
 
@@ -145,7 +148,7 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Four significant digits; nothing for what was not counted."""
     return f"{value:.4g}" if 0 < value < 1e4 else "" if value == 0 else f"{value:.0f}"
 

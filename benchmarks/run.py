@@ -6,17 +6,18 @@ import argparse
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 import fastdiff
-from benchmarks import accelerated, cases, drop_in, gate, measure, operators, record, sampling, table
+from benchmarks import accelerated, cases, drop_in, fresh, gate, measure, operators, record, sampling, table
 from benchmarks.cases import Case
 from benchmarks.work import AUTOMATIC, OURS, Contender, Work
 from fastdiff.errors import BackendError, CheckpointError, InputError
 
-NETWORKS = ("network", "rewrite", "sampling")
+NETWORKS = ("network", "compiled", "rewrite", "sampling")
 EPILOG = """\
 Contenders take turns in one process; the figures are medians. A contender whose results are wrong, or that other
 programs disturbed all the time, gets no row, and the exit status is then 1. Rows of a case measured again replace the
@@ -26,6 +27,8 @@ examples:
   fastdiff bench --quick
   fastdiff bench --filter sampler_step
   fastdiff bench --filter network/,rewrite/    accelerated networks, and what each rewrite gains
+  fastdiff bench --filter network/,first_call/,compiled/cifar/4    the networks against all others: 12 minutes
+  fastdiff bench --filter compiled/            every network against torch.compile: a minute of compiling for each
   fastdiff bench --filter group_norm_silu --compare benchmarks/results/earlier.csv
   python -m benchmarks.table --readme       makes the README's table anew
   python -m benchmarks.plot FILE.csv        draws it
@@ -69,7 +72,9 @@ def main(arguments: argparse.Namespace) -> int:
     old = record.read(out) if out is not None and out.is_file() else []
     rows: list[record.Row] = []
     red = 0
-    for case in chosen:
+    start = time.perf_counter()
+    for index, case in enumerate(chosen, 1):
+        print(f"{time.perf_counter() - start:5.0f} s  {index}/{len(chosen)}  {case.name}", file=sys.stderr, flush=True)
         measured, failures = run_case(case, device, seconds=seconds, facts=facts)
         rows += measured
         red += failures
@@ -88,6 +93,8 @@ def run_case(
     case: Case, device: torch.device, *, seconds: float, facts: record.Row
 ) -> tuple[list[dict[str, str]], int]:
     """The rows of a case and the number of contenders that have none: wrong results, or no rest to measure in."""
+    if case.operator == "first_call":
+        return _in_fresh_processes(case, device, facts), 0
     # In inference mode networks remember nothing from one call to the next; pipelines do not call them in it.
     with torch.no_grad() if case.operator in NETWORKS else torch.inference_mode():
         work = _build(case, device)
@@ -97,12 +104,15 @@ def run_case(
         used = _chosen(case, work)
         timings = measure.interleave(contenders, device, seconds=seconds * SHORTER.get(case.operator, 1.0))
         best = measure.roofline(work.traffic, work.flops, case.dtype, device)
+    if case.operator == "compiled":
+        torch._dynamo.reset()
     red += len(contenders) - len(timings)
     for contender in contenders:
         if contender.name not in timings:
             print(f"{case.name}: {contender.name}: not measured: the machine was too busy", file=sys.stderr)
     # Without its baseline, or with nothing else, a case has no speed to tell, and earlier rows of it stay.
     baseline = timings.get(next(iter(work.peers)))
+    firsts = {contender.name: contender.first for contender in contenders}
     if baseline is None or len(timings) == 1:
         return [], red
     rows = [
@@ -117,11 +127,44 @@ def run_case(
             steps=work.steps,
             best=best,
             error=errors[name],
+            first=firsts[name],
             facts=facts,
         )
         for name, timing in timings.items()
     ]
     return rows, red
+
+
+def _in_fresh_processes(case: Case, device: torch.device, facts: record.Row) -> list[dict[str, str]]:
+    """A row for diffusers and for us; the time is that of the one first call."""
+    if device.type != "cpu" or importlib.util.find_spec("diffusers") is None:
+        _skip(case, "it is measured on the CPU, beside diffusers")
+        return []
+    rows: list[dict[str, str]] = []
+    timings: list[measure.Timing] = []
+    for name in (fresh.LIBRARY, fresh.OURS):
+        found = fresh.measure(case, name, threads=torch.get_num_threads())
+        first = found["first"]
+        timings.append(measure.Timing(first, first, first, 1, 1, 0.0))
+        made = record.row(
+            case,
+            name,
+            timings[-1],
+            chosen=name == fresh.OURS,
+            baseline=timings[0],
+            traffic=0,
+            flops=0,
+            steps=0,
+            best=0.0,
+            error=None,
+            first=first,
+            facts=facts,
+        )
+        megabytes = {
+            f"{what}_mbytes": record.short(found[of] / 1e6) for what, of in (("peak", "peak"), ("weight", "weights"))
+        }
+        rows.append(made | megabytes)
+    return rows
 
 
 def _build(case: Case, device: torch.device) -> Work | None:
@@ -131,7 +174,7 @@ def _build(case: Case, device: torch.device) -> Work | None:
         return _skip(case, "diffusers is not installed")
     if case.operator == "drop_in":
         return drop_in.build(case, device)
-    if case.operator in ("network", "rewrite"):
+    if case.operator in ("network", "compiled", "rewrite"):
         return accelerated.build(case, device)
     try:
         return sampling.build(case, device)

@@ -24,19 +24,49 @@ LAYOUTS = {
 
 TABLES = {
     "operators": "",
-    "network": "A call of an accelerated network, against diffusers' own in both memory formats:",
+    "network": (
+        "A call of an accelerated network, against diffusers' own in both memory formats and OpenVINO; `errors` are\n"
+        "its distance from the float64 result and, in brackets, that of diffusers' own in the same dtype:"
+    ),
+    "compiled": (
+        "The same against `torch.compile`, and with its weights frozen; what the first call takes with all that is\n"
+        "made ready in it:"
+    ),
+    "first_call": (
+        "A network in a process of its own: its first call, and the most memory that it needs for weights, their\n"
+        "copies and three calls; under `copies`, how much more than diffusers' that is, in copies of its weights:"
+    ),
     "rewrite": (
         "A call without one rewrite and with all; under `alone`, how much faster a network without rewrites gets "
         "by this one:"
     ),
 }
+
+
+def _head(words: Sequence[str], *numbers: str) -> str:
+    """A table's first lines: columns of words, then of numbers."""
+    aligned = "|".join(["---"] * len(words) + ["--:"] * len(numbers))
+    return f"| {' | '.join((*words, *numbers))} |\n|{aligned}|".replace("|  |", "| |", 1)
+
+
+_CALL = ("", "shape", "dtype")
 HEADS = {
-    "operators": "| | shape | dtype | baseline | time | fastdiff | speed-up | share of roofline |\n"
-    "|---|---|---|---|--:|--:|--:|--:|",
-    "network": "| | shape | dtype | diffusers | channels-last | fastdiff | speed-up | share of roofline |\n"
-    "|---|---|---|--:|--:|--:|--:|--:|",
-    "rewrite": "| | network | shape | dtype | without | with all | speed-up | alone |\n"
-    "|---|---|---|---|--:|--:|--:|--:|",
+    "operators": _head((*_CALL, "baseline"), "time", "fastdiff", "speed-up", "share of roofline"),
+    "network": _head(
+        _CALL,
+        *("diffusers", "channels-last", "OpenVINO", "fastdiff"),
+        *("× diffusers", "× diffusers float32", "× OpenVINO", "errors", "share of roofline"),
+    ),
+    "compiled": _head(
+        _CALL,
+        *("torch.compile", "frozen", "fastdiff", "× the faster"),
+        *("first call: torch.compile", "frozen", "fastdiff"),
+    ),
+    "first_call": _head(
+        _CALL,
+        *("first call: diffusers", "fastdiff", "memory: diffusers", "fastdiff", "weights", "copies"),
+    ),
+    "rewrite": _head(("", "network", "shape", "dtype"), "without", "with all", "speed-up", "alone"),
 }
 
 
@@ -60,7 +90,7 @@ def markdown(rows: Sequence[Row]) -> str:
         ours = next((row for row in measured.values() if row["chosen"] == "yes"), None)
         if ours is not None:
             kind = ours["operator"] if ours["operator"] in TABLES else "operators"
-            cells = {"operators": _operator, "network": _network, "rewrite": _rewrite}[kind](measured, ours)
+            cells = _CELLS[kind](measured, ours)
             lines.setdefault(kind, []).append(f"| {' | '.join(cells)} |")
     tables = (("\n\n".join(filter(None, (TABLES[kind], HEADS[kind]))), lines[kind]) for kind in TABLES if kind in lines)
     return "\n\n".join("\n".join((head, *body)) for head, body in tables)
@@ -73,8 +103,31 @@ def _operator(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
 
 
 def _network(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
-    times = (_time(measured.get(who)) for who in ("diffusers", "diffusers channels-last"))
-    return f"`{ours['variant']}`", ours["shape"], ours["dtype"], *times, *_reached(ours)
+    baseline, wide = measured.get("diffusers"), measured.get("diffusers float32")
+    if ours["dtype"] == "float32":
+        wide = baseline
+    times = (_time(measured.get(who)) for who in ("diffusers", "diffusers channels-last", "openvino"))
+    faster = (_faster(row, ours) for row in (baseline, wide, measured.get("openvino")))
+    errors = ours["relative_error"] + (f" ({baseline['relative_error']})" if baseline else "")
+    share = _reached(ours)[-1]
+    return f"`{ours['variant']}`", ours["shape"], ours["dtype"], *times, _time(ours), *faster, errors, share
+
+
+def _compiled(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
+    peers = [measured.get(who) for who in ("torch.compile", "torch.compile frozen")]
+    best = min((row for row in peers if row), key=lambda row: float(row["p50_us"]), default=None)
+    firsts = (f"{float(row['first_call_s']):.3g} s" if row else "" for row in (*peers, ours))
+    what = f"`{ours['variant']}`", ours["shape"], ours["dtype"]
+    return *what, *map(_time, peers), _time(ours), _faster(best, ours), *firsts
+
+
+def _first_call(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
+    baseline = measured["diffusers"]
+    weights = float(ours["weight_mbytes"])
+    more = (float(ours["peak_mbytes"]) - float(baseline["peak_mbytes"])) / weights
+    memory = (f"{float(size):.0f} MB" for size in (baseline["peak_mbytes"], ours["peak_mbytes"], weights))
+    what = f"`{ours['variant']}`", ours["shape"], ours["dtype"]
+    return *what, _time(baseline), _time(ours), *memory, f"{more:.2f}"
 
 
 def _rewrite(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
@@ -83,6 +136,20 @@ def _rewrite(measured: Mapping[str, Row], ours: Row) -> tuple[str, ...]:
     alone = f"{float(none['p50_us']) / float(only['p50_us']):.2f}" if none and only else ""
     times = (_time(measured.get("without")), _time(ours))
     return f"`{rewrite}`", network, ours["shape"], ours["dtype"], *times, f"{float(ours['speedup']):.2f}", alone
+
+
+_CELLS = {
+    "operators": _operator,
+    "network": _network,
+    "compiled": _compiled,
+    "first_call": _first_call,
+    "rewrite": _rewrite,
+}
+
+
+def _faster(row: Row | None, ours: Row) -> str:
+    """How many times as fast as that row we are."""
+    return "" if row is None else f"{float(row['p50_us']) / float(ours['p50_us']):.2f}"
 
 
 def _reached(ours: Row) -> tuple[str, str, str]:

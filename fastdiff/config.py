@@ -1,6 +1,7 @@
 """Every environment variable and run-time choice, parsed in one place.
 
 FASTDIFF_BACKEND  backend of every operator ("native"), or of some ("attention=triton,sampler_step=reference").
+KINETO_LOG_LEVEL  PyTorch's own: what its profiler says; `fastdiff profile` sets it where it is not.
 TRITON_INTERPRET  Triton's own switch: 1 runs the Triton kernels in its interpreter, on the CPU.
 """
 
@@ -53,6 +54,11 @@ def _checked(choice: Mapping[str, str]) -> dict[str, str]:
 @cache
 def _environment_backends() -> Mapping[str, str]:
     return parse_backends(os.environ.get("FASTDIFF_BACKEND", ""))
+
+
+def quieten_profiler() -> None:
+    """Kineto, which records for PyTorch's profiler, says nothing on the terminal unless KINETO_LOG_LEVEL is set."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @cache

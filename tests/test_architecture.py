@@ -42,7 +42,7 @@ LAYERS = (
     {"ops"},
     {"samplers", "nn"},
     {"engine", "models"},
-    {"training", "integrations", "evaluation"},
+    {"training", "integrations", "evaluation", "profiling"},
     {"cli"},
 )
 """Packages and modules of fastdiff from the leaves up; a module imports from its own layer's package or from below."""

@@ -1,4 +1,4 @@
-"""The command line: `fastdiff sample | train | info | methods | plan | bench`, one module for each."""
+"""The command line: `fastdiff sample | train | info | methods | plan | profile | bench`, one module for each."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "show versions, processor, GPUs, and which code each operator runs on here",
     "methods": "list the sampling methods and their options",
     "plan": "print the coefficients of a method, row by row",
+    "profile": "show where the time of a network's step goes, layer by layer",
     "bench": "measure the operators and the sampling loop against PyTorch and diffusers",
 }
 EPILOG = """\

@@ -28,14 +28,19 @@ def check_path(path: Path) -> None:
     """InputError unless a file of that name could be written now."""
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"out: expected a name ending in {' or '.join(SUFFIXES)}, got {path}")
+    check_file("out", path)
+
+
+def check_file(name: str, path: Path) -> None:
+    """InputError unless a file could be written there now; name: the option that asks for it."""
     if path.is_dir():
-        raise InputError(f"out: expected the name of a file, got the folder {path}")
+        raise InputError(f"{name}: expected the name of a file, got the folder {path}")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise InputError(
-            f"out: {path} cannot be written ({error.strerror}); choose a path in a folder you can write to"
+            f"{name}: {path} cannot be written ({error.strerror}); choose a path in a folder you can write to"
         ) from error
 
 

@@ -1,0 +1,362 @@
+"""`fastdiff profile`: what it counts, measures, prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import _no_interpreter, assert_refused, checkpoint, run  # noqa: F401
+from torch import nn
+from torch.nn import functional as F
+
+from fastdiff import ops, profiling
+from fastdiff.errors import InputError
+from fastdiff.models import prepacked
+from fastdiff.models.prepacked import Packs
+from fastdiff.models.rewrites import Rewrites
+from fastdiff.profiling import Machine, measure, networks, plot, table
+from fastdiff.profiling.recording import EVENTS, packed_products_recorded
+
+
+class Known(Machine):
+    """A machine of 1 GFLOP/s that copies 1 GB/s."""
+
+    def flops(self, dtype: torch.dtype) -> float:
+        return 1e9
+
+    def copying(self, size: int) -> float:
+        return 1e9
+
+
+def rows(call: object, dtype: torch.dtype = torch.float32) -> dict[str, measure.Row]:
+    return {row.name: row for row in profiling.profile(call, dtype=dtype, steps=2, machine=Known()).rows}
+
+
+def counted(row: measure.Row) -> tuple[int, int, int]:
+    return row.calls, row.flops, row.bytes
+
+
+def test_pytorch_s_operators_are_counted():
+    x, weight, bias = torch.randn(2, 6, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
+    tokens, matrix = torch.randn(2, 5, 8), torch.randn(7, 8)
+    q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 9, 4)
+    norm = torch.ones(6)
+
+    def call() -> None:
+        F.conv2d(x, weight, bias, stride=2, padding=1, groups=2)
+        F.conv2d(x, torch.randn(4, 6, 3, 3), padding=1, dilation=2)
+        F.linear(tokens, matrix)
+        F.linear(tokens, matrix)
+        F.scaled_dot_product_attention(q, k, k)
+        F.group_norm(x, 2, norm, norm)
+        x + x[:, :1]
+        F.interpolate(x, scale_factor=2.0)
+        x.permute(1, 0, 2, 3).reshape(-1)
+        x.view(-1)
+
+    found = rows(call)
+    out = 2 * 4 * 4 * 4
+    assert counted(found["conv2d 3x3 stride 2 6 -> 4, 2x4x4"]) == (
+        1,
+        2 * out * 3 * 9,
+        4 * (x.numel() + weight.numel() + 4 + out),
+    )
+    assert found["conv2d 3x3 6 -> 4, 2x6x6"].flops == 2 * (2 * 4 * 6 * 6) * 6 * 9
+    assert counted(found["linear 8 -> 7, 10 rows"]) == (2, 2 * 2 * 10 * 8 * 7, 2 * 4 * (80 + 56 + 70))
+    assert counted(found["attention 2x3x5x4, 9 keys"]) == (1, 4 * 6 * 5 * 9 * 4, 4 * (2 * 120 + 2 * 216))
+    assert counted(found["group_norm 2x6x8x8"]) == (1, 0, 4 * (2 * x.numel() + 12))
+    assert counted(found["add 2x6x8x8"]) == (1, 0, 4 * (2 * x.numel() + x.numel() // 6))
+    assert counted(found["upsample_nearest2d 2x6x8x8"]) == (1, 0, 4 * 5 * x.numel())
+    assert counted(found["reshape 6x2x8x8"]) == (1, 0, 4 * 2 * x.numel())
+    assert counted(found["view"]) == (1, 0, 0)
+
+
+def test_products_of_bfloat16_are_half_as_many_bytes():
+    x, weight = torch.randn(3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
+    found = rows(lambda: F.linear(x, weight), torch.bfloat16)
+    assert found["linear 8 -> 5, 3 rows"].bytes == 2 * (24 + 40 + 15)
+
+
+def test_operators_of_ours_are_counted():
+    x, q = torch.randn(1, 8, 6, 4), torch.randn(1, 2, 5, 8)
+    norm, wide = torch.ones(8), torch.randn(2, 3, 10)
+    folded = ops.fold_upsample(torch.randn(5, 8, 3, 3))
+
+    def call() -> None:
+        ops.group_norm_silu(x, 2, norm, norm)
+        ops.attention(q, q, q)
+        ops.geglu(wide)
+        ops.upsample_conv(x, folded, None)
+
+    found = rows(call)
+    assert counted(found["group_norm_silu 1x8x6x4"]) == (1, 0, 4 * (2 * x.numel() + 16))
+    assert found["attention 1x2x5x8, 5 keys"].flops == 4 * 2 * 5 * 5 * 8
+    assert found["geglu 2x3x10"].bytes == 4 * (60 + 30)
+    assert found["conv2d 3x3 8 -> 5, 1x12x8"].flops == 2 * (12 * 8 * 5) * 8 * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_products_are_the_layers_that_they_stand_for(dtype: torch.dtype):
+    """With their weights laid out nothing of PyTorch's own shows them."""
+    conv, half, leaf = nn.Conv2d(12, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(12, 8)
+    for module in (conv, half, leaf):
+        module.to(dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
+    x = torch.randn(2, 12, 8, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    small, tokens, packs = (
+        x[:, :8].contiguous(memory_format=torch.channels_last),
+        torch.randn(2, 3, 12).to(dtype),
+        Packs(),
+    )
+    ready = packs.ready(x, Rewrites())
+    assert ready is not None
+    addend = torch.randn(2, 8, 4, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def call() -> None:
+        prepacked.convolve(conv, x, ready, addend=addend)
+        prepacked.convolve_both(conv, small, x[:, 8:].contiguous(memory_format=torch.channels_last), ready)
+        prepacked.products((leaf, leaf), tokens, ready)
+        prepacked.convolve(half, small, None)
+        if prepacked.doubles(half, small, ready):
+            prepacked.convolve_doubled(half, small, ready, bias=True)
+
+    found = rows(call, dtype)
+    size = torch.finfo(dtype).bits // 8
+    out, weight = 2 * 8 * 4 * 3, 8 * 12 * 9
+    both = found["conv2d 3x3 stride 2 12 -> 8, 2x4x3"]
+    assert counted(both) == (2, 2 * 2 * out // 8 * weight, size * (2 * (x.numel() + weight + 8 + out) + out))
+    assert counted(found["linear 12 -> 16, 6 rows"]) == (1, 2 * 6 * 12 * 16, size * (72 + 192 + 96))
+    assert found["conv2d 3x3 8 -> 8, 2x8x6"].calls == 1
+    assert found["conv2d 3x3 8 -> 8, 2x16x12"].flops == 2 * (2 * 8 * 16 * 12) * 8 * 9
+
+
+def test_functions_are_recorded_where_networks_call_them_and_nowhere_else():
+    from fastdiff.models import blocks, packing
+
+    own = {name: getattr(prepacked, name) for name in EVENTS}
+    places = [(prepacked, "convolve"), (blocks, "convolve"), (blocks, "convolve_both"), (packing, "products")]
+    with packed_products_recorded():
+        for module, name in places:
+            assert getattr(module, name) is not own[name]
+            assert getattr(module, name).__wrapped__ is own[name]
+    for module, name in places:
+        assert getattr(module, name) is own[name]
+    with pytest.raises(InputError), packed_products_recorded():
+        raise InputError("")
+    for module, name in places:
+        assert getattr(module, name) is own[name]
+
+
+def test_a_row_is_held_to_the_roofline():
+    x = torch.randn(4, 8, 16, 16)
+    conv = rows(lambda: F.conv2d(x, torch.ones(8, 8, 3, 3)))["conv2d 3x3 8 -> 8, 4x14x14"]
+    added = rows(lambda: x + 1.0)["add 4x8x16x16"]
+    assert conv.best == pytest.approx(conv.flops * 1e-9)
+    assert table.bound(conv) == "compute"
+    assert added.best == pytest.approx(added.bytes * 1e-9)
+    assert table.bound(added) == "memory"
+
+
+def test_the_rows_of_a_step_add_up_to_it():
+    x = torch.randn(64, 64, 32, 32)
+
+    def call() -> None:
+        F.silu(x)
+        sum(range(300_000))
+
+    found = profiling.profile(call, dtype=torch.float32, steps=3, machine=Known())
+    between = next(row for row in found.rows if row.operator == "between operators")
+    assert [row.operator for row in found.operators()] == [row.operator for row in found.rows]
+    assert between.seconds > 0.001
+    assert table.bound(between) == ""
+    assert 0.3 * found.seconds < found.profiled < 3.0 * found.seconds
+    assert sum(row.seconds for row in found.operators()) == pytest.approx(found.profiled)
+
+
+def test_the_machine_is_measured():
+    machine = Machine()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert 1e7 < machine.flops(dtype) < 1e15
+    assert 1e8 < machine.copying(2**20) < 1e14
+    assert machine.copying(2**20) == machine.copying(2**20 - 1)
+    computing, moving = machine.seconds(10**9, 1, torch.float32), machine.seconds(1, 2**28, torch.float32)
+    assert computing == 1e9 / machine.flops(torch.float32)
+    assert moving == 2**28 / machine.copying(2**28)
+    assert machine.seconds(0, 0, torch.float32) == 0.0
+
+
+def profile(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    return run(capsys, "profile", *arguments, "--threads", 1, "--steps", 1)
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "copying", Known.copying)
+    monkeypatch.setattr(measure.Machine, "flops", Known.flops)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_profiled(capsys, checkpoint, tmp_path, dtype):  # noqa: F811
+    out, picture = tmp_path / "layers.csv", tmp_path / "layers.png"
+    arguments = ("--dtype", dtype, "--batch", 2, "--size", 16, "--rows", 3, "--diffusers")
+    threads = torch.get_num_threads()
+    status, stdout, stderr = profile(capsys, checkpoint, *arguments, "--csv", out, "--plot", picture)
+    assert (status, stderr) == (0, "")
+    assert torch.get_num_threads() == threads
+    lines = stdout.splitlines()
+    assert lines[0].startswith(f"{checkpoint}, 2x1x16x16, {dtype}, 1 threads of ")
+    assert sum(line.startswith(("fastdiff: a step takes", "diffusers: a step takes")) for line in lines) == 2
+    heads = [index for index, line in enumerate(lines) if line.startswith("layer ")]
+    assert len(heads) == 2
+    for head in heads:
+        assert lines[head].split() == ["layer", "calls", "time", "share", "GFLOP/s", "GB/s", "roofline", "bound"]
+        assert lines[head + 4].startswith("... ")
+    with out.open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert list(written[0]) == list(table.COLUMNS)
+    for code in ("fastdiff", "diffusers"):
+        shares = [float(row["share"]) for row in written if row["code"] == code]
+        assert math.isclose(sum(shares), 1.0, abs_tol=0.01)
+    # What a convolution computes does not depend on whose it is.
+    flops = {
+        code: sum(float(r["gflop"] or 0) for r in written if r["code"] == code) for code in ("fastdiff", "diffusers")
+    }
+    assert flops["fastdiff"] == pytest.approx(flops["diffusers"], rel=0.01)
+    assert table.read(out) == written
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_default_is_the_embedded_model(capsys):
+    status, stdout, _ = profile(capsys)
+    assert status == 0
+    assert stdout.startswith("fashion, 1x1x28x28, float32")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Diffusers folders of tiny networks: with text, with what SDXL is told besides, with an unknown input, and an
+    autoencoder."""
+    import diffusers
+
+    stages = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    small = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    text = {**small, **stages, "cross_attention_dim": 8, "attention_head_dim": 2}
+    size = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
+    made = {
+        "text": diffusers.UNet2DConditionModel(**text),
+        "sdxl": diffusers.UNet2DConditionModel(**text, addition_embed_type="text_time", **size),
+        "unsaid": diffusers.UNet2DConditionModel(**text, class_embed_type="timestep"),
+        "vae": diffusers.AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            norm_num_groups=4,
+            sample_size=16,
+        ),
+    }
+    for name, network in made.items():
+        network.save_pretrained(tmp_path / name)
+    return {name: tmp_path / name for name in made}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("text", "1x4x8x8"), ("sdxl", "1x4x8x8"), ("vae", "1x4x8x8")], ids=lambda value: value
+)
+def test_a_folder_is_profiled(capsys, folders, name, shape):
+    status, stdout, stderr = profile(capsys, folders[name], "--diffusers")
+    assert (status, stderr) == (0, "")
+    assert shape in stdout.splitlines()[0]
+    assert "conv2d 3x3" in stdout
+    if name != "vae":
+        assert "77 keys" in stdout
+
+
+def test_the_library_s_step_gives_the_same_output(folders):
+    for folder in (folders["text"], folders["vae"]):
+        step = profiling.find(str(folder))
+        with torch.no_grad():
+            theirs, ours = step.library()(), step.call()()
+        theirs = theirs[0] if isinstance(theirs, tuple) else getattr(theirs, "sample", theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_layouts_are_networks_of_ours(name, monkeypatch):
+    layout = networks.NETWORKS[name]
+    millions = {"cifar": 35.7, "sd15": 859.5, "decoder": 83.7}
+    with torch.device("meta"):
+        network, shape = networks._made(layout)
+    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == millions[name]
+    assert len(shape) == 4
+
+
+def test_a_layout_is_profiled(capsys, monkeypatch):
+    small = networks.Layout(
+        "UNet2DModel", {**networks.NETWORKS["cifar"].config, "block_out_channels": (32,) * 4}, (4, 3, 32, 32)
+    )
+    monkeypatch.setitem(networks.NETWORKS, "cifar", small)
+    status, stdout, _ = profile(capsys, "cifar", "--batch", 1, "--size", 8)
+    assert status == 0
+    assert stdout.startswith("cifar, 1x3x8x8, float32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], ["nowhere", "no such file"]),
+        (["--batch", "0"], ["batch", "0"]),
+        (["--size", "-1"], ["size", "-1"]),
+        (["--threads", "0"], ["threads", "0"]),
+        (["--steps", "0"], ["steps"]),
+        (["--rows", "0"], ["rows"]),
+        (["--dtype", "int8"], ["int8"]),
+        (["--csv", "/nowhere/layers.csv"], ["csv", "/nowhere"]),
+        (["--plot", "layers.txt"], ["plot", ".png"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_arguments_end_with_one_line(capsys, arguments, words):
+    assert_refused(run(capsys, "profile", *arguments), *words)
+
+
+def test_unknown_inputs_and_sizes_are_refused(capsys, folders, tmp_path):
+    assert_refused(run(capsys, "profile", folders["unsaid"]), "class_embed_type")
+    torch.manual_seed(0)
+    import diffusers
+
+    network = diffusers.UNet2DModel(
+        block_out_channels=(8,), norm_num_groups=4, down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]
+    )
+    network.save_pretrained(tmp_path / "sizeless")
+    assert_refused(run(capsys, "profile", tmp_path / "sizeless"), "size")
+
+
+def test_missing_libraries_are_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(networks, "find_spec", lambda _: None)
+    monkeypatch.setattr(plot, "find_spec", lambda _: None)
+    status, _, stderr = run(capsys, "profile", "--diffusers")
+    assert (status, "diffusers" in stderr) == (2, True)
+    assert_refused(run(capsys, "profile", "--plot", tmp_path / "x.png"), "matplotlib")
+
+
+def test_a_picture_has_a_panel_for_each_network(tmp_path):
+    facts = {"shape": "1", "dtype": "float32", "threads": "1", "hardware": "x", "step_us": "5"}
+    lines = [
+        {
+            **facts,
+            "model": model,
+            "code": code,
+            "operator": f"op{i}",
+            "layer": "",
+            "time_us": str(1 + i),
+            "roofline_us": "",
+        }
+        for model in "abc"
+        for code in ("before", "after")
+        for i in range(9)
+    ]
+    plot.draw(lines, tmp_path / "x.svg", layers=6)
+    text = (tmp_path / "x.svg").read_text()
+    assert text.startswith("<?xml")
