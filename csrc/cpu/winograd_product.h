@@ -15,7 +15,7 @@ struct WinogradFloat {
   static constexpr int ROWS = LANES == 16 ? 6 : 3;  // tiles that are multiplied at once
   static constexpr int64_t DEPTH = 128;             // channels of a block at most, a multiple of 16
   static constexpr int64_t SUM = 16;                // products summed before they are added to the others
-  static constexpr int64_t STRIP = 128;             // tiles of a strip at most
+  static constexpr int64_t STRIP = 96;              // tiles of a strip at most
   static constexpr int64_t STRIP_BYTES = 8 << 20;   // of transformed input, where that leaves 32 tiles
 
   // LANES values.

@@ -51,7 +51,7 @@ SHAPES = [
 """The last has more tiles than a strip; several more channels than a block of weights."""
 
 
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"], autouse=True)
+@pytest.fixture(params=[1, 2, 4], ids=["1-thread", "2-threads", "4-threads"], autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
