@@ -50,7 +50,8 @@ class WinogradPacked : Winograd<Product, 2> {
   }
 
   int64_t scratch() const {
-    return Base::template bytes<Element>(args_.channels + LANES) + args_.threads * Base::template bytes<float>(16 * m_apart_) +
+    return Base::template bytes<Element>(args_.channels + LANES) +
+           args_.threads * Base::template bytes<float>(16 * m_apart_) +
            (alone_ ? args_.threads : 1) * Base::template bytes<Element>(16 * v_apart_);
   }
 
