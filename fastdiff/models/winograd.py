@@ -11,7 +11,7 @@ _LANES, _BLOCK = 16, 32
 _TRANSFORMS = {2: (16, 80, 90), 4: (36, 200, 200)}
 """For each size of a tile: its products; what transforming it costs, as products, on the way in and on the way out; and
 what transforming a weight costs."""
-_FEWEST_CHANNELS = 64
+_FEWEST_CHANNELS = 128
 """For tiles of 4: below, sums are so short that the transforms would make most of the rounding error."""
 _FEWEST_TILES = 16
 """For bfloat16: below, reading weights that are 16 / 9 as large takes longer than the products."""
