@@ -70,8 +70,13 @@ def layer(event: Event) -> Layer:
 
 def _convolution(event: Event) -> Layer:
     x, weight = event.shapes[:2]
-    stride, padding, dilation = (_both(value) for value in event.others[3:6])
-    return _convolved(event, _size(x[2:], weight[2:], stride, padding, dilation), stride, int(event.others[6]))
+    stride, dilation = _both(event.others[3]), _both(event.others[5])
+    if event.others[4] == "same":
+        size: Sequence[int] = x[2:]
+    else:
+        padding = [0, 0] if event.others[4] == "valid" else _both(event.others[4])
+        size = _size(x[2:], weight[2:], stride, padding, dilation)
+    return _convolved(event, size, stride, int(event.others[6]))
 
 
 def _added(event: Event) -> Layer:
