@@ -52,8 +52,8 @@ def test_pytorch_s_operators_are_counted():
         F.linear(tokens, matrix)
         F.linear(tokens, matrix)
         F.linear(tokens, torch.randn(3, 8), torch.randn(3))
-        F.conv2d(x, torch.randn(5, 6, 2, 4), padding="same")
-        F.conv2d(x, torch.randn(5, 6, 2, 4), padding="valid")
+        F.conv2d(x, torch.randn(5, 6, 3, 5), padding="same")
+        F.conv2d(x, torch.randn(5, 6, 3, 5), padding="valid")
         F.scaled_dot_product_attention(q, k, k)
         F.group_norm(x, 2, norm, norm)
         x + x[:, :1]
@@ -71,8 +71,8 @@ def test_pytorch_s_operators_are_counted():
     assert found["conv2d 3x3 6 -> 4, 2x6x6"].flops == 2 * (2 * 4 * 6 * 6) * 6 * 9
     assert counted(found["linear 8 -> 7, 10 rows"]) == (2, 2 * 2 * 10 * 8 * 7, 2 * 4 * (80 + 56 + 70))
     assert counted(found["linear 8 -> 3, 10 rows"]) == (1, 2 * 10 * 8 * 3, 4 * (80 + 24 + 3 + 30))
-    assert found["conv2d 2x4 6 -> 5, 2x8x8"].flops == 2 * (2 * 5 * 8 * 8) * 6 * 8
-    assert found["conv2d 2x4 6 -> 5, 2x7x5"].flops == 2 * (2 * 5 * 7 * 5) * 6 * 8
+    assert found["conv2d 3x5 6 -> 5, 2x8x8"].flops == 2 * (2 * 5 * 8 * 8) * 6 * 15
+    assert found["conv2d 3x5 6 -> 5, 2x6x4"].flops == 2 * (2 * 5 * 6 * 4) * 6 * 15
     assert counted(found["attention 2x3x5x4, 9 keys"]) == (1, 4 * 6 * 5 * 9 * 4, 4 * (2 * 120 + 2 * 216))
     assert counted(found["group_norm 2x6x8x8"]) == (1, 0, 4 * (2 * x.numel() + 12))
     assert counted(found["add 2x6x8x8"]) == (1, 0, 4 * (2 * x.numel() + x.numel() // 6))
