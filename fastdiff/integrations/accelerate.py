@@ -150,14 +150,6 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__module__ == "torch._dynamo.eval_frame" and hasattr(module, "_orig_mod")
 
 
-def _compiled_inside(module: nn.Module) -> str | None:
-    """Whether `Module.compile` was called on what we would run."""
-    kind = converter(module)
-    assert kind is not None
-    parts = (module.get_submodule(path) for path in kind.parts or ("",))
-    return _COMPILED if any(part._compiled_call_impl is not None for part in parts) else None
-
-
 def _is_model(module: nn.Module) -> bool:
     return type(module).__module__.startswith("diffusers.") and hasattr(module, "config")
 
@@ -221,7 +213,7 @@ def _choose(plan: _Plan, conversion: Conversion, new: bool) -> None:
     reason = foreign(module)
     if reason is None:
         try:
-            reason = conversion.obstacle() or _compiled_inside(module)
+            reason = conversion.obstacle() or (_COMPILED if module._compiled_call_impl else None)
         except InputError as error:
             reason = str(error)
         else:
