@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ class Packs(Cache):
 
     def __init__(self, size: int = sys.maxsize) -> None:
         super().__init__(size)
+        self._known: dict[tuple[int, ...], _Known] = {}
 
     def ready(self, x: Tensor, rewrites: Rewrites) -> Packs | None:
         """Itself where a call with x may use it: none where what happens is compiled, traced, transformed or observed,
@@ -45,6 +47,42 @@ class Packs(Cache):
             or torch._C._functorch.peek_interpreter_stack() is not None
         )
         return None if watched or torch.is_autocast_enabled("cpu") else self
+
+    def known(self, leaves: tuple[nn.Module, ...], x: Tensor, second: Tensor | None = None) -> _Known | None:
+        """What is remembered of these layers if x, with `second` for the last channels, fits them, else None."""
+        place = (*map(id, leaves),)
+        found = self._known.get(place)
+        if found is not None and found.layers is not None and found.layers.fit(leaves, x, second):
+            return found
+        if not ((second is None or _fits(second)) and _takes(leaves, x, second)):
+            return None
+        found = self._known[place] = _Known(leaves, x, second)
+        return found
+
+    def kept(self, known: _Known, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        """As `get`, for parameters of layers that have not changed since they became known."""
+        reference = known.values.get(key)
+        value = None if reference is None else reference()
+        if value is None:
+            value = self.get(key, tensors, make)
+            known.values[key] = weakref.ref(value)
+        return value
+
+    def clear(self) -> None:
+        super().clear()
+        self._known.clear()
+
+
+class _Known:
+    """Layers as they were when first looked at, and what was made of their parameters since; that lives elsewhere."""
+
+    def __init__(self, leaves: tuple[nn.Module, ...], x: Tensor, second: Tensor | None) -> None:
+        extension = _extension()
+        self.values: dict[Hashable, weakref.ref[Any]] = {}
+        self.layers: Any = None
+        if extension is not None:
+            flat = any(cast(Tensor, leaf.weight).dim() != 4 for leaf in leaves)
+            self.layers = extension.Layers(leaves, x, cast(Tensor, leaves[0].weight).shape[1], flat)
 
 
 class Packed:
@@ -75,26 +113,30 @@ class Packed:
         return int(torch.ops.mkldnn._nbytes(packed)) if packed.is_mkldnn else packed.nbytes
 
 
-def takes(leaves: Sequence[nn.Module], x: Tensor, packs: Packs | None, *, second: Tensor | None = None) -> bool:
+def takes(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs | None, *, second: Tensor | None = None) -> bool:
     """Whether x, with `second` for the last channels, is multiplied with weights of these layers laid out for it."""
-    return packs is not None and (second is None or _fits(second)) and _takes(leaves, x, second)
+    return packs is not None and packs.known(leaves, x, second) is not None
 
 
 def convolve(
     conv: nn.Module, x: Tensor, packs: Packs | None, *, bias: bool = True, addend: Tensor | None = None
 ) -> Tensor:
     """conv(x) + addend, or without the layer's bias; addend has the shape of the result and is added in float32."""
-    if packs is None or not _takes((conv,), x):
+    known = None if packs is None else packs.known((conv,), x)
+    if packs is None or known is None:
         y = conv(x) if bias else F.conv2d(x, cast(Tensor, conv.weight), None, *_geometry(conv)[1:])
         return y if addend is None else addend + y
     weight, own_bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias) if bias else None
-    return _convolve(weight, own_bias, lambda: weight, x, _geometry(conv), packs, addend=addend)
+    return _convolve(weight, own_bias, lambda: weight, x, _geometry(conv), packs, known, addend=addend)
 
 
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
-    own_bias = conv.bias.repeat(4) if bias and conv.bias is not None else None
-    phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs)
+    known = cast(_Known, packs.known((conv,), x))
+    own_bias = None
+    if bias and conv.bias is not None:
+        own_bias = packs.kept(known, "four biases", (conv.bias,), lambda: cast(Tensor, conv.bias).detach().repeat(4))
+    phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs, known)
     doubled: Tensor = _extension().interleave(phases)
     return doubled
 
@@ -110,13 +152,14 @@ def _convolve(
     x: Tensor,
     geometry: tuple[Any, ...],
     packs: Packs,
+    known: _Known,
     *,
     addend: Tensor | None = None,
     part: int = 0,
 ) -> Tensor:
     """The convolution of x with what `make` makes of `weight`; geometry: taps, stride, padding, dilation, groups."""
     taps, stride, padding, dilation, groups = geometry
-    held: Packed = packs.get((geometry, part), (weight,), Packed)
+    held: Packed = packs.kept(known, (geometry, part), (weight,), Packed)
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
@@ -138,36 +181,38 @@ def _convolve(
 
 def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
     """conv of x and `second` as if concatenated along the channels: the sum of a product each."""
-    weight, geometry, channels = cast(Tensor, conv.weight), _geometry(conv), x.shape[1]
-    y = _convolve(weight, conv.bias, lambda: weight[:, :channels], x, geometry, packs, part=1)  # type: ignore[arg-type]
-    return _convolve(weight, None, lambda: weight[:, channels:], second, geometry, packs, part=2, addend=y)
+    weight, bias, channels = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias), x.shape[1]
+    geometry, known = _geometry(conv), cast(_Known, packs.known((conv,), x, second))
+    y = _convolve(weight, bias, lambda: weight[:, :channels], x, geometry, packs, known, part=1)
+    return _convolve(weight, None, lambda: weight[:, channels:], second, geometry, packs, known, part=2, addend=y)
 
 
 def apply(leaf: nn.Module, x: Tensor, packs: Packs | None) -> Tensor:
     """leaf(x)."""
     if type(leaf) is nn.Conv2d:
         return convolve(leaf, x, packs)
-    return products((leaf,), x, packs) if packs is not None and _takes((leaf,), x) else leaf(x)
+    return products((leaf,), x, packs) if packs is not None and takes((leaf,), x, packs) else leaf(x)
 
 
-def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs) -> Tensor:
+def products(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs) -> Tensor:
     """[W_1; W_2; ...] x + [b_1; b_2; ...] along the last dimension of x, for layers that `takes` takes.
 
     A 1x1 convolution counts as the linear layer that it is.
     """
-    weights = [leaf.weight for leaf in leaves]
-    biases = [leaf.bias for leaf in leaves]
-    bias: Any = biases[0] if len(leaves) == 1 else None
-    if bias is None and biases[0] is not None:
-        bias = packs.get("bias", biases, lambda: torch.cat(biases))  # type: ignore[arg-type]
-    held: Packed = packs.get("linear", weights, Packed)  # type: ignore[arg-type]
+    known = cast(_Known, packs.known(leaves, x))
+    weights: list[Any] = [leaf._parameters["weight"] for leaf in leaves]
+    biases: list[Any] = [leaf._parameters["bias"] for leaf in leaves]
+    bias = biases[0]
+    if bias is not None and len(leaves) > 1:
+        bias = packs.kept(known, "bias", biases, lambda: torch.cat(biases).detach())
+    held: Packed = packs.kept(known, "linear", weights, Packed)
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
-        packed = held.at(None, lambda: extension.pack_weight(_joined(weights)))  # type: ignore[arg-type]
-        y: Tensor = extension.multiply(x, packed, bias, sum(map(len, weights)))  # type: ignore[arg-type]
+        packed = held.at(None, lambda: extension.pack_weight(_joined(weights)))
+        y: Tensor = extension.multiply(x, packed, bias, sum(weight.shape[0] for weight in weights))
         return y
     rows = x.numel() // x.shape[-1]
-    packed = held.at(rows, lambda: torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))  # type: ignore
+    packed = held.at(rows, lambda: torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
