@@ -165,6 +165,21 @@ struct ConvolveArgs {
   int threads;
 };
 
+// A 3x3 convolution of stride 1 by Winograd's filtering; maps channels-last, of `type`, as the weight that was packed.
+struct WinogradArgs {
+  int64_t samples, channels, height, width;
+  int64_t outputs, out_height, out_width;
+  int64_t padding[2];
+  int64_t tile;  // results in a row and a column that are made together: 2 or 4
+  bool doubled;  // x is read at twice its size, each pixel four times
+  Type type;
+  const void *x, *weight, *addend;  // addend as the result, or nullptr
+  const float* bias;                // or nullptr
+  void* out;
+  void* scratch;  // winograd_scratch(args) bytes
+  int threads;
+};
+
 struct PackArgs {
   int64_t outputs, channels, taps;
   const float* weight;
@@ -199,6 +214,8 @@ namespace cpu {
   void upsample_conv(const UpsampleArgs& args);       \
   void convolve(const ConvolveArgs& args);            \
   void pack_weight(const PackArgs& args);             \
+  int64_t winograd_scratch(const WinogradArgs& args); \
+  void winograd(const WinogradArgs& args);            \
   }
 FASTDIFF_CAPABILITIES(FASTDIFF_DECLARE)
 #undef FASTDIFF_DECLARE

@@ -31,7 +31,7 @@ NO_CUDA = {
 }
 """Operators that run on Triton on a GPU and have no CUDA C++ kernel."""
 
-HOST_ONLY = {"torch_normal", "langevin_correct", "convolve"}
+HOST_ONLY = {"torch_normal", "langevin_correct", "convolve", "winograd"}
 """Compiled functions that are no operators: they stand in for functions of PyTorch on the CPU, and leave every other
 call to them."""
 

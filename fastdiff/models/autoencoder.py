@@ -102,7 +102,7 @@ class _Coder(nn.Module):
     @in_arena
     def forward(self, sample: Tensor) -> Tensor:
         _check(type(self).__name__, sample, self.in_channels)
-        context = Context(rewrites=self.rewrites, packs=self.packs.ready(sample, self.rewrites))
+        context = Context(rewrites=self.rewrites, packs=self.packs.ready(sample, self))
         layout = memory_format(sample)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)

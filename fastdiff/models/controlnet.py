@@ -144,7 +144,7 @@ class ControlNet(Trunk):
         condition = self._condition(controlnet_cond, sample)
         context = Context(
             rewrites=self.rewrites,
-            packs=self.packs.ready(sample, self.rewrites),
+            packs=self.packs.ready(sample, self),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
         )

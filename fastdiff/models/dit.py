@@ -122,7 +122,7 @@ class DiT(nn.Module):
         (N,), below num_embeds_ada_norm, or equal to it for no class.
         """
         t = self._check_input(hidden_states, timestep, class_labels)
-        context = Context(rewrites=self.rewrites, packs=self.packs.ready(hidden_states, self.rewrites))
+        context = Context(rewrites=self.rewrites, packs=self.packs.ready(hidden_states, self))
         x = self.pos_embed(hidden_states)
         *modulations, last = self._modulations(t, class_labels, x.dtype)
         pending: Pending | None = None

@@ -17,11 +17,16 @@ from fastdiff.models.arena import outside
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.rewrites import Rewrites
+from fastdiff.models.winograd import tile
 from fastdiff.ops import fold_upsample, native
 
 __all__ = ["Packs", "apply", "convolve", "convolve_both", "convolve_doubled", "doubles", "products", "takes"]
 
 _MOST_SHAPES = 64
+_LEAST_ROOM = 2**22
+"""Bytes of copies that every network may have."""
+_UNTRIMMED = 2**22
+"""Bytes of copies after whose making the memory that it took goes back to the system."""
 _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
 """Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""
 
@@ -29,16 +34,21 @@ _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
 class Packs(Cache):
     """The weights of a network's layers as the products read them, one copy of each, made at the layer's first call.
 
-    A weight that is another object, was written to or got other storage is laid out anew.
+    A weight that is another object, was written to or got other storage is laid out anew. All copies together are as
+    large as the network's parameters, as long as that is enough for the layers that have to have one: the layers that
+    come last, when nothing is left, are run on the parameters themselves.
     """
 
     def __init__(self, size: int = sys.maxsize) -> None:
         super().__init__(size)
+        self._elements: int | None = None
+        self._room = sys.maxsize
         self._known: dict[tuple[int, ...], _Known] = {}
 
-    def ready(self, x: Tensor, rewrites: Rewrites) -> Packs | None:
-        """Itself where a call with x may use it: none where what happens is compiled, traced, transformed or observed,
-        or where autocast chooses the dtypes."""
+    def ready(self, x: Tensor, network: nn.Module) -> Packs | None:
+        """Itself where a call of the network with x may use it: none where what happens is compiled, traced,
+        transformed or observed, or where autocast chooses the dtypes."""
+        rewrites = cast(Rewrites, network.rewrites)
         if torch.compiler.is_compiling() or not rewrites.prepacked or type(x) is not Tensor or not x.is_cpu:
             return None
         watched = (
@@ -46,18 +56,28 @@ class Packs(Cache):
             or torch.jit.is_tracing()
             or torch._C._functorch.peek_interpreter_stack() is not None
         )
-        return None if watched or torch.is_autocast_enabled("cpu") else self
+        if watched or torch.is_autocast_enabled("cpu"):
+            return None
+        if self._elements is None:
+            self._elements = sum(parameter.numel() for parameter in network.parameters())
+        self._room = max(self._elements * x.element_size(), _LEAST_ROOM)
+        return self
 
-    def known(self, leaves: tuple[nn.Module, ...], x: Tensor, second: Tensor | None = None) -> _Known | None:
-        """What is remembered of these layers if x, with `second` for the last channels, fits them, else None."""
+    def known(
+        self, leaves: tuple[nn.Module, ...], x: Tensor, second: Tensor | None = None, *, always: bool = False
+    ) -> _Known | None:
+        """What is remembered of these layers if x, with `second` for the last channels, fits them, else None; also
+        where there is no room for a copy of their weights, unless that has to be `always`."""
         place = (*map(id, leaves),)
         found = self._known.get(place)
-        if found is not None and found.layers is not None and found.layers.fit(leaves, x, second):
-            return found
-        if not ((second is None or _fits(second)) and _takes(leaves, x, second)):
-            return None
-        found = self._known[place] = _Known(leaves, x, second)
-        return found
+        if found is None or found.layers is None or not found.layers.fit(leaves, x, second):
+            if not ((second is None or _fits(second)) and _takes(leaves, x, second)):
+                return None
+            weights = [cast(Tensor, leaf.weight) for leaf in leaves]
+            used = sum(value.nbytes for value in self.others(weights) if isinstance(value, Packed))
+            fits = used + sum(weight.nbytes for weight in weights) <= self._room
+            found = self._known[place] = _Known(leaves, x, fits=fits)
+        return found if found.fits or always else None
 
     def kept(self, known: _Known, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
         """As `get`, for parameters of layers that have not changed since they became known."""
@@ -74,10 +94,14 @@ class Packs(Cache):
 
 
 class _Known:
-    """Layers as they were when first looked at, and what was made of their parameters since; that lives elsewhere."""
+    """Layers as they were when first looked at, and what was made of their parameters since; that lives elsewhere.
 
-    def __init__(self, leaves: tuple[nn.Module, ...], x: Tensor, second: Tensor | None) -> None:
+    fits: whether there was room for a copy of their weights.
+    """
+
+    def __init__(self, leaves: tuple[nn.Module, ...], x: Tensor, *, fits: bool) -> None:
         extension = _extension()
+        self.fits = fits
         self.values: dict[Hashable, weakref.ref[Any]] = {}
         self.layers: Any = None
         if extension is not None:
@@ -99,6 +123,7 @@ class Packed:
             return packed
         with outside():
             made = pack()
+        _trim_after(made.numel() * made.element_size())
         if packed is not None and len(shapes) < _MOST_SHAPES and _layout(made) == _layout(packed):
             self._state = packed, shapes | {shape}
             return packed
@@ -111,6 +136,20 @@ class Packed:
         if packed is None:
             return 0
         return int(torch.ops.mkldnn._nbytes(packed)) if packed.is_mkldnn else packed.nbytes
+
+
+_untrimmed = 0
+
+
+def _trim_after(size: int) -> None:
+    """What is freed between copies that stay is given back now and then, so that it does not add to the peak."""
+    global _untrimmed
+    _untrimmed += size
+    if _untrimmed >= _UNTRIMMED:
+        _untrimmed = 0
+        extension = _extension()
+        if extension is not None:
+            extension.trim_memory()
 
 
 def takes(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs | None, *, second: Tensor | None = None) -> bool:
@@ -132,7 +171,10 @@ def convolve(
 
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
-    known = cast(_Known, packs.known((conv,), x))
+    known = cast(_Known, packs.known((conv,), x, always=True))
+    if x.dtype == torch.float32 and tile(x.shape, len(conv.weight), _geometry(conv), doubled=True):
+        plain_bias = conv.bias if bias else None
+        return _convolve(conv.weight, plain_bias, lambda: conv.weight, x, _geometry(conv), packs, known, doubled=True)
     own_bias = None
     if bias and conv.bias is not None:
         own_bias = packs.kept(known, "four biases", (conv.bias,), lambda: cast(Tensor, conv.bias).detach().repeat(4))
@@ -142,7 +184,8 @@ def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) ->
 
 
 def doubles(conv: nn.Conv2d, x: Tensor, packs: Packs | None) -> bool:
-    return _extension() is not None and takes((conv,), x, packs)
+    # Without a copy of its own that layer would have one of another kind, which is as large.
+    return packs is not None and _extension() is not None and packs.known((conv,), x, always=True) is not None
 
 
 def _convolve(
@@ -156,14 +199,22 @@ def _convolve(
     *,
     addend: Tensor | None = None,
     part: int = 0,
+    doubled: bool = False,
 ) -> Tensor:
-    """The convolution of x with what `make` makes of `weight`; geometry: taps, stride, padding, dilation, groups."""
+    """The convolution of x with what `make` makes of `weight`; geometry: taps, stride, padding, dilation, groups.
+
+    doubled: of x at twice its size, for what `tile` finds tiles for.
+    """
     taps, stride, padding, dilation, groups = geometry
     held: Packed = packs.kept(known, (geometry, part), (weight,), Packed)
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
         outputs = len(weight) * (4 if geometry is _PHASES else 1)
+        size = tile(x.shape, outputs, geometry, doubled=doubled)
+        if size:
+            filtered: Tensor = extension.winograd(x, packed, bias, addend, outputs, padding, size, doubled)
+            return filtered
         y: Tensor = extension.convolve(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
     shape = tuple(x.shape)

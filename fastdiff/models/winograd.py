@@ -1,0 +1,43 @@
+"""Where a 3x3 convolution on the CPU is made by Winograd's filtering, and in which tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["tile"]
+
+_LANES, _BLOCK = 16, 32
+"""Channels are filled up to a multiple of the one, outputs to one of the other."""
+_TRANSFORMS = {2: (16, 80, 90), 4: (36, 200, 200)}
+"""For each size of a tile: its products; what transforming it costs, as products, on the way in and on the way out; and
+what transforming a weight costs."""
+_FEWEST_CHANNELS = 64
+"""For tiles of 4: below, sums are so short that the transforms would make most of the rounding error."""
+_GAIN = 0.9
+"""Tiles of 4 round twice as much as tiles of 2, so that they have to gain something."""
+
+
+def tile(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> int:
+    """Results in a row and a column of a tile, 2 or 4; 0 where the convolution is made directly.
+
+    shape: of the map (N, C, H, W), which is convolved at twice its size where `doubled`; geometry: taps, stride,
+    padding, dilation, groups. Costs are counted in multiplications of vectors.
+    """
+    taps, stride, padding, dilation, groups = geometry
+    if (tuple(taps), tuple(stride), tuple(dilation), groups) != ((3, 3), (1, 1), (1, 1), 1):
+        return 0
+    samples, channels = shape[:2]
+    height, width = ((1 + doubled) * size + 2 * pad - 2 for size, pad in zip(shape[2:], padding, strict=True))
+    if height < 1 or width < 1:
+        return 0
+    # Twice the size: the four phases of 2x2 taps that take its place.
+    best, cost = 0, (4 if doubled else 9) * samples * height * width * channels * -(-outputs // _LANES)
+    into, out = -(-channels // _LANES), -(-outputs // _BLOCK) * _BLOCK // _LANES
+    for size, (products, transform, weight) in _TRANSFORMS.items():
+        tiles = samples * -(-height // size) * -(-width // size)
+        own = (products * tiles + weight) * into * _LANES * out + transform * tiles * (into + out)
+        if size == 4 and channels < _FEWEST_CHANNELS:
+            continue
+        if own < (_GAIN if best else 1) * cost:
+            best, cost = size, own
+    return best
