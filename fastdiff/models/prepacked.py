@@ -25,7 +25,7 @@ __all__ = ["Packs", "apply", "convolve", "convolve_both", "convolve_doubled", "d
 _MOST_SHAPES = 64
 _LEAST_ROOM = 2**22
 """Bytes of copies that every network may have."""
-_UNTRIMMED = 2**22
+_UNTRIMMED = 2**21
 """Bytes of copies after whose making the memory that it took goes back to the system."""
 _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
 """Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""

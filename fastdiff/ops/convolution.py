@@ -10,7 +10,7 @@ from fastdiff.ops.calling import call
 from fastdiff.ops.checks import _floating, _same_device, _shape
 from fastdiff.ops.reference import memory_format
 
-_FOLDED = 64
+_FOLDED = 16
 """Outputs whose weights are folded at a time."""
 
 
