@@ -51,7 +51,7 @@ SHAPES = [
 """The last has more tiles than a strip; several more channels than a block of weights."""
 
 
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"], autouse=True)
+@pytest.fixture(params=[1, 2, 4], ids=["1-thread", "2-threads", "4-threads"], autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -112,14 +112,14 @@ def test_native_equals_the_truth_for_few_channels(channels: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_native_and_truth_stay_apart_by_the_same_however_many_the_channels(size: int) -> None:
-    """Sums in parts: the error of all of them in a row would grow eightfold from 32 channels to 2048."""
+    """Sums of 16: with sums of 128 the error would more than double from 32 channels to 2048."""
     errors = []
     for channels in (32, 2048):
         shape = Shape(1, channels, 32, 8, 8)
         x, weight, _ = inputs(shape)
         truth = F.conv2d(x.double(), weight.double(), padding=1)
         errors.append(relative_error(run(x, weight, None, None, shape, size), truth))
-    assert errors[1] < 2 * errors[0]
+    assert errors[1] < 1.8 * errors[0]
 
 
 def test_a_weight_of_another_size_is_refused() -> None:
@@ -155,14 +155,14 @@ def test_layers_use_it(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     kernel = EXTENSION.winograd
     monkeypatch.setattr(EXTENSION, "winograd", lambda *args: calls.append(args[-1]) or kernel(*args))
-    conv = nn.Conv2d(96, 64, 3, padding=1, bias=bias).requires_grad_(False)
-    x, packs = last(normal(2, 96, 12, 10)), Packs()
-    truth = nn.Conv2d(96, 64, 3, padding=1, bias=bias, dtype=torch.float64).requires_grad_(False)
+    conv = nn.Conv2d(128, 64, 3, padding=1, bias=bias).requires_grad_(False)
+    x, packs = last(normal(2, 128, 12, 10)), Packs()
+    truth = nn.Conv2d(128, 64, 3, padding=1, bias=bias, dtype=torch.float64).requires_grad_(False)
     truth.load_state_dict(conv.state_dict())
     doubled = F.interpolate(x, scale_factor=2.0)
     assert_close_to_truth(convolve(conv, x, packs), truth(x.double()), conv(x))
     assert_close_to_truth(convolve_doubled(conv, x, packs, bias=bias), truth(doubled.double()), conv(doubled))
     assert len(packs.values()) == 1
-    halves = last(x[:, :40]), last(x[:, 40:])
+    halves = last(x[:, :80]), last(x[:, 80:])
     assert_close_to_truth(convolve_both(conv, *halves, packs), truth(x.double()), conv(x))
     assert calls == [False, True, False, False]
