@@ -31,7 +31,8 @@ class Seen {
   }
 
   bool still(PyObject* parameter) const {
-    if (!parameter_) return parameter == nullptr || parameter == Py_None;
+    if (!parameter || parameter == Py_None) return !parameter_;
+    if (!parameter_) return false;
     if (PyWeakref_GetObject(parameter_.ptr()) != parameter) return false;
     const Tensor& tensor = THPVariable_Unpack(parameter);
     // While the weak reference is held no other storage has this address.
