@@ -28,6 +28,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   fastdiff::register_bfloat16(m);
   fastdiff::register_arena(m);
   fastdiff::register_writes(m);
+  fastdiff::register_layers(m);
   m.def("cpu_capability", &fastdiff::capability_name);
   m.def("cuda_built", &fastdiff::cuda_built);
 }

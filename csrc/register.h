@@ -32,5 +32,9 @@ void register_convolution(py::module_& m);
 void register_bfloat16(py::module_& m);
 void register_arena(py::module_& m);
 void register_writes(py::module_& m);
+void register_layers(py::module_& m);
+
+// Writes through `tensor.data` to watched tensors so far: register_writes.cpp.
+int64_t unseen_writes();
 
 }  // namespace fastdiff

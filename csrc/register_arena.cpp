@@ -122,6 +122,7 @@ void register_arena(py::module_& m) {
   m.def("enter_outside", [] { enter(nullptr); });
   m.def("leave_outside", [] { leave(nullptr); });
   m.def("move_out", &move_out);
+  m.def("trim_memory", &system_trim);
 }
 
 }  // namespace fastdiff

@@ -141,10 +141,12 @@ void notice_writes() {
 
 }  // namespace
 
+int64_t unseen_writes() { return writes().count(); }
+
 void register_writes(py::module_& m) {
   m.def("notice_writes", &notice_writes);
   m.def("watch_writes", [](const Tensor& tensor) { writes().watch(tensor); });
-  m.def("unseen_writes", [] { return writes().count(); });
+  m.def("unseen_writes", &unseen_writes);
 }
 
 }  // namespace fastdiff

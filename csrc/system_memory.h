@@ -4,6 +4,9 @@
 #include <cstddef>
 
 #if __has_include(<sys/mman.h>)
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -35,6 +38,13 @@ inline bool system_commit(void* data, size_t bytes) {
 inline void system_give_back(void* data, size_t bytes) { madvise(data, bytes, MADV_DONTNEED); }
 inline void system_release(void* data, size_t bytes) { munmap(data, bytes); }
 
+// What was freed goes back, as far as it is whole pages.
+inline void system_trim() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
+
 // What is done before a process becomes two, and after it in both.
 inline void system_around_fork(void (*before)(), void (*after)()) { pthread_atfork(before, after, after); }
 
@@ -46,6 +56,7 @@ inline void* system_reserve(size_t) { return nullptr; }
 inline bool system_commit(void*, size_t) { return false; }
 inline void system_give_back(void*, size_t) {}
 inline void system_release(void*, size_t) {}
+inline void system_trim() {}
 inline void system_around_fork(void (*)(), void (*)()) {}
 
 #endif

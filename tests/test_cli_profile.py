@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastdiff import config, ops, profiling
 from fastdiff.errors import InputError
 from fastdiff.models import prepacked
-from fastdiff.models.prepacked import Packs
+from fastdiff.models.packs import Packs
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.profiling import Machine, machine, measure, networks, plot, table
 from fastdiff.profiling.recording import EVENTS, packed_products_recorded

@@ -35,7 +35,15 @@ class AdaNorm(nn.Module):
 
     def project(self, time: Time | None, context: Context) -> Tensor | None:
         """[a, b], (N, 2 C)."""
-        return None if time is None else self.linear(time.embedding)
+        return None if time is None else self.linear(self.time_input(time))
+
+    def time_input(self, time: Time) -> Tensor:
+        """What the layer of `project` reads."""
+        return time.embedding
+
+    def time_addend(self, context: Context) -> Tensor | None:
+        """What `project` adds to what that layer gives."""
+        return None
 
     def time_layer(self) -> nn.Module:
         """The layer of `project`."""

@@ -12,7 +12,8 @@ from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import Map, folds, normed, summed, total
-from fastdiff.models.prepacked import Packs, apply, products, takes
+from fastdiff.models.packs import Packs
+from fastdiff.models.prepacked import apply, products, takes
 from fastdiff.nn import Attention, GroupNormSiLU
 
 PROMPTS = 4

@@ -15,7 +15,8 @@ from fastdiff.models.attention import SpatialAttention
 from fastdiff.models.blocks import Downsample, MidStage, ResnetBlock, ResnetSettings, Upsample
 from fastdiff.models.context import Context
 from fastdiff.models.maps import Map, normed
-from fastdiff.models.prepacked import Packs, apply, convolve
+from fastdiff.models.packs import Packs
+from fastdiff.models.prepacked import apply, convolve
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
@@ -102,7 +103,7 @@ class _Coder(nn.Module):
     @in_arena
     def forward(self, sample: Tensor) -> Tensor:
         _check(type(self).__name__, sample, self.in_channels)
-        context = Context(rewrites=self.rewrites, packs=self.packs.ready(sample, self.rewrites))
+        context = Context(rewrites=self.rewrites, packs=self.packs.ready(sample, self.rewrites, self))
         layout = memory_format(sample)
         if self.rewrites.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
@@ -270,7 +271,7 @@ def _attention(config: Mapping[str, Any], channels: int) -> SpatialAttention:
 
 def _convolved(layer: nn.Module, x: Tensor, beside: _Coder) -> Tensor:
     """layer(x) in x's layout, for a convolution that comes before or after a coder."""
-    packs, layout = beside.packs.ready(x, beside.rewrites), memory_format(x)
+    packs, layout = beside.packs.ready(x, beside.rewrites, beside), memory_format(x)
     if packs is not None and beside.rewrites.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     return apply(layer, x, packs).contiguous(memory_format=layout)

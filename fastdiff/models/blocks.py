@@ -101,9 +101,17 @@ class ResnetBlock(nn.Module):
         """The time (N, time_channels) as norm2 takes it: what is added before it, or with scale_shift [a, b]."""
         if self.time_emb_proj is None or time is None:
             return None
-        projected: Tensor = self.time_emb_proj(time.activated if self.activated_time else time.embedding)
-        folded = not self.scale_shift and self.folds_bias(context)
-        return projected + self.conv1.bias if folded else projected  # type: ignore[operator]
+        projected: Tensor = self.time_emb_proj(self.time_input(time))
+        bias = self.time_addend(context)
+        return projected if bias is None else projected + bias
+
+    def time_input(self, time: Time) -> Tensor:
+        """What the layer of `project` reads."""
+        return time.activated if self.activated_time else time.embedding
+
+    def time_addend(self, context: Context) -> Tensor | None:
+        """What `project` adds to what that layer gives."""
+        return self.conv1.bias if not self.scale_shift and self.folds_bias(context) else None
 
     def time_layer(self) -> nn.Module | None:
         """The layer of `project`."""

@@ -36,7 +36,7 @@ class Cache:
 
     def __init__(self, size: int = 8) -> None:
         self._size = size
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[Hashable, ...], _Entry] = OrderedDict()
         self._lock = threading.Lock()
         self._watch, self._writes = native.written()
 
@@ -71,6 +71,14 @@ class Cache:
         """All results that are remembered, whether their tensors are still the same or not."""
         with self._lock:
             return [entry.value for entry in self._entries.values()]
+
+    def others(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The results that may be given again, but for those that were made of exactly these tensors."""
+        own, writes = (*map(id, tensors),), self._writes()
+        with self._lock:
+            return [
+                entry.value for place, entry in self._entries.items() if not entry.gone(writes) and place[1:] != own
+            ]
 
     def clear(self) -> None:
         with self._lock:

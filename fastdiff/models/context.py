@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from fastdiff.models.prepacked import Packs
+from fastdiff.models.packs import Packs
 from fastdiff.models.rewrites import Rewrites
 
 

@@ -18,8 +18,9 @@ from fastdiff.models.context import Context
 from fastdiff.models.embeddings import Sinusoids
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.modulation import FIXED_EPS, TIME_FEATURES, AdaptiveNorm, Pending, modulated
+from fastdiff.models.packs import Packs
 from fastdiff.models.patches import PatchEmbedding
-from fastdiff.models.prepacked import Packs, apply
+from fastdiff.models.prepacked import apply
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.models.times import locate
 
@@ -122,7 +123,7 @@ class DiT(nn.Module):
         (N,), below num_embeds_ada_norm, or equal to it for no class.
         """
         t = self._check_input(hidden_states, timestep, class_labels)
-        context = Context(rewrites=self.rewrites, packs=self.packs.ready(hidden_states, self.rewrites))
+        context = Context(rewrites=self.rewrites, packs=self.packs.ready(hidden_states, self.rewrites, self))
         x = self.pos_embed(hidden_states)
         *modulations, last = self._modulations(t, class_labels, x.dtype)
         pending: Pending | None = None

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.errors import InputError
+from fastdiff.models.packs import Packs
+from fastdiff.models.prepacked import products, takes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -86,11 +88,20 @@ class EmbeddingMLP(nn.Module):
         self.act = ACTIVATIONS[act]
         self.post_act = None if post_act is None else ACTIVATIONS[post_act]
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None, packs: Packs | None = None) -> Tensor:
+        """packs: where the layers' weights are laid out for these calls, if anywhere."""
         if condition is not None:
             x = x + self.cond_proj(condition)
-        x = self.linear_2(self.act(self.linear_1(x)))
+        x = _linear(self.linear_2, self.act(_linear(self.linear_1, x, packs)), packs)
         return x if self.post_act is None else self.post_act(x)
+
+
+def _linear(layer: nn.Module, x: Tensor, packs: Packs | None) -> Tensor:
+    rows = x[None]
+    if packs is not None and takes((layer,), rows, packs):
+        return products((layer,), rows, packs)[0]
+    y: Tensor = layer(x)
+    return y
 
 
 def class_embedding(c: SimpleNamespace, features: int, channels: int) -> nn.Module | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from fastdiff.models.caches import Cache
-from fastdiff.models.prepacked import Packed
+from fastdiff.models.packs import Packed
 from fastdiff.models.tracing import tensors
 
 __all__ = ["Own", "caches", "copies"]

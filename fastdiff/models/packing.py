@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensor
 
 from fastdiff.models.arena import outside
 from fastdiff.models.leaf import is_plain
-from fastdiff.models.prepacked import Packs, apply, products, takes
+from fastdiff.models.packs import Packs
+from fastdiff.models.prepacked import apply, products, takes
 
 __all__ = ["pack", "product", "unpack"]
 
@@ -20,7 +21,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _packing = threading.Lock()
 
 
-def product(leaves: Sequence[nn.Module], x: Tensor, packs: Packs | None = None) -> tuple[Tensor, ...]:
+def product(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs | None = None) -> tuple[Tensor, ...]:
     """(W_1 x + b_1, W_2 x + b_2, ...) with [W_1; W_2; ...] x as one product, where the layers allow it.
 
     x: (..., in). Each result (..., out) is then a view of one tensor. At the first call the weights are laid side by

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fastdiff.models.ada import AdaNorm
@@ -17,6 +18,7 @@ from fastdiff.models.context import Context, Time
 from fastdiff.models.embeddings import EmbeddingMLP, FourierFeatures, LearnedTimes, Sinusoids
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import settled
+from fastdiff.models.prepacked import products, takes
 
 MOST_ROWS = 2048
 """Rows (steps times samples) of the largest table that is made: about 80 MB for Stable Diffusion in half precision."""
@@ -84,6 +86,25 @@ class TimeTables:
             with outside():
                 run.steps = self._table(times.to(weights[0].device), samples, conditions, embed, context)
         return run.steps[index]
+
+    def project(self, context: Context) -> Projected | None:
+        """What the blocks' `project` gives for context.time, as one product where the layers allow it."""
+        packs, time = context.packs, context.time
+        if packs is None or time is None:
+            return None
+        layers = (*(layer for block in self._blocks if (layer := block.time_layer()) is not None),)
+        inputs = {id(x): x for x in (block.time_input(time) for block in self._blocks)}
+        addends = [addend for block in self._blocks if (addend := block.time_addend(context)) is not None]
+        if len(inputs) != 1 or len(layers) != len(self._blocks) or len(addends) not in (0, len(layers)):
+            return None
+        x = next(iter(inputs.values()))[None]
+        if not takes(layers, x, packs) or len({layer.bias is None for layer in layers}) != 1:
+            return None
+        joined = products(layers, x, packs)[0]
+        if addends:
+            joined = joined + packs.get("addends", addends, lambda: torch.cat(addends).detach())
+        rows = joined.split([len(layer.weight) for layer in layers], dim=1)  # type: ignore[arg-type]
+        return dict(zip(self._blocks, rows, strict=True))
 
     def _table(
         self, times: Tensor, samples: int, conditions: Sequence[Tensor | None], embed: Embed, context: Context

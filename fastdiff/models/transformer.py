@@ -14,7 +14,8 @@ from fastdiff.models.caches import Cache
 from fastdiff.models.context import Context
 from fastdiff.models.leaf import is_plain
 from fastdiff.models.maps import Map, Sum, normed, scaled, settled, total
-from fastdiff.models.prepacked import Packs, apply, products, takes
+from fastdiff.models.packs import Packs
+from fastdiff.models.prepacked import apply, products, takes
 from fastdiff.nn import GEGLU, GroupNormSiLU
 
 __all__ = ["FeedForward", "Fuser", "Transformer", "TransformerBlock", "add_and_norm"]

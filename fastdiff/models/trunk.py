@@ -24,7 +24,7 @@ from fastdiff.models.embeddings import (
     class_embedding,
 )
 from fastdiff.models.maps import Map, total
-from fastdiff.models.prepacked import Packs
+from fastdiff.models.packs import Packs
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.models.stages import down_stage, mid_stage
 from fastdiff.models.times import TimeTables
@@ -156,16 +156,20 @@ class Trunk(nn.Module):
             embedders = (self.time_proj, self.time_embedding, self.class_embedding, self.add_embedding)
             context.projected = self._times.find(timestep, len(t), conditions, embedders, embed, context)
         if context.projected is None:
-            context.time = embed(t, conditions)
+            context.time = embed(t, conditions, packs=context.packs)
+            context.projected = self._times.project(context)
 
-    def _embed(self, t: Tensor, conditions: Sequence[Tensor | None], dtype: torch.dtype) -> Time:
+    def _embed(
+        self, t: Tensor, conditions: Sequence[Tensor | None], dtype: torch.dtype, packs: Packs | None = None
+    ) -> Time:
         """The embedding (k N, time_channels) of the times (k N,), and of the class and what else is added (N, ...)."""
         class_labels, condition, *more = conditions
 
         def repeated(x: Tensor) -> Tensor:
             return x if len(x) == len(t) else x.repeat(len(t) // len(x), 1)
 
-        embedding = self.time_embedding(self.time_proj(t).to(dtype), None if condition is None else repeated(condition))
+        given = None if condition is None else repeated(condition)
+        embedding = self.time_embedding(self.time_proj(t).to(dtype), given, packs)
         classes = self._classes(class_labels, dtype)
         if classes is not None:
             classes = repeated(classes)

@@ -94,7 +94,7 @@ class UNet(Trunk):
         added = added_cond_kwargs or {}
         context = Context(
             rewrites=self.rewrites,
-            packs=self.packs.ready(sample, self.rewrites),
+            packs=self.packs.ready(sample, self.rewrites, self),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
             token_mask=as_bias(encoder_attention_mask, sample),

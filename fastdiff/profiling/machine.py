@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from fastdiff.models.prepacked import Packs, products, takes
+from fastdiff.models.packs import Packs
+from fastdiff.models.prepacked import products, takes
 from fastdiff.models.rewrites import Rewrites
 
 __all__ = ["Machine"]
@@ -50,7 +51,7 @@ class Machine:
 @lru_cache(maxsize=64)
 def _product(dtype: torch.dtype, n: int, threads: int) -> float:
     leaf, x = nn.Linear(n, n, bias=False, dtype=dtype).requires_grad_(False), torch.ones(1, n, n, dtype=dtype)
-    weight, packs = leaf.weight.t(), Packs().ready(x, Rewrites())
+    weight, packs = leaf.weight.t(), Packs().ready(x, Rewrites(), leaf)
     calls: list[Callable[[], object]] = [lambda: x[0] @ weight]
     if packs is not None and takes((leaf,), x, packs):
         calls.append(lambda: products((leaf,), x, packs))

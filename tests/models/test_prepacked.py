@@ -10,7 +10,8 @@ from torch import nn
 
 import fastdiff
 from fastdiff.models.context import Context
-from fastdiff.models.prepacked import Packs, apply, convolve, takes
+from fastdiff.models.packs import Packs
+from fastdiff.models.prepacked import apply, convolve, takes
 from fastdiff.models.rewrites import Rewrites, names
 
 diffusers = pytest.importorskip("diffusers")
@@ -175,16 +176,18 @@ def test_what_is_left_to_the_layer(single, spoil):
 
 
 def test_not_where_a_call_is_observed_or_transformed():
-    packs, x, rewrites = Packs(), torch.randn(1, 4, 8, 8), Rewrites()
-    assert packs.ready(x, rewrites) is packs
-    assert packs.ready(x, Rewrites.none()) is None
-    assert packs.ready(x.to("meta"), rewrites) is None
+    packs, x, network = Packs(), torch.randn(1, 4, 8, 8), nn.Module()
+    network.rewrites = Rewrites()
+    assert packs.ready(x, network) is packs
+    assert packs.ready(x.to("meta"), network) is None
     with torch.autocast("cpu"):
-        assert packs.ready(x, rewrites) is None
+        assert packs.ready(x, network) is None
     with torch._subclasses.FakeTensorMode():
-        assert packs.ready(x, rewrites) is None
+        assert packs.ready(x, network) is None
     seen = []
-    torch.func.vmap(lambda each: seen.append(packs.ready(each, rewrites)) or each)(x)
+    torch.func.vmap(lambda each: seen.append(packs.ready(each, network)) or each)(x)
+    network.rewrites = Rewrites.none()
+    assert packs.ready(x, network) is None
     assert seen == [None]
 
 

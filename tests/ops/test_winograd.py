@@ -14,7 +14,8 @@ from tolerance import assert_close_to_truth, relative_error
 from torch import Tensor, nn
 
 from fastdiff.models import prepacked
-from fastdiff.models.prepacked import Packs, convolve, convolve_both, convolve_doubled
+from fastdiff.models.packs import Packs
+from fastdiff.models.prepacked import convolve, convolve_both, convolve_doubled
 from fastdiff.models.winograd import tile
 from fastdiff.ops import native
 
