@@ -141,7 +141,9 @@ def _convolve(
     doubled: of x at twice its size, for what `tile` finds tiles for.
     """
     taps, stride, padding, dilation, groups = geometry
-    held: Packed = packs.get((geometry, "doubled" if doubled else part), (weight,), Packed)
+    held: Packed = packs.get(
+        (geometry, "doubled" if doubled and x.dtype == torch.bfloat16 else part), (weight,), Packed
+    )
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
