@@ -68,7 +68,8 @@ class Packed:
             return packed
         with outside():
             made = pack()
-        if packed is not None and len(shapes) < _MOST_SHAPES and _layout(made) == _layout(packed):
+        kept = packed is not None and packed.is_mkldnn and made.is_mkldnn and _layout(made) == _layout(packed)
+        if packed is not None and kept and len(shapes) < _MOST_SHAPES:
             self._state = packed, shapes | {shape}
             return packed
         self._state = made, frozenset({shape})
@@ -287,4 +288,4 @@ def _takes(leaves: Sequence[nn.Module], x: Tensor, second: Tensor | None = None)
 
 
 def _layout(packed: Tensor) -> bytes:
-    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist()) if packed.is_mkldnn else b""
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
