@@ -148,7 +148,7 @@ class ControlNet(Trunk):
         t = self._check_input(sample, timestep, encoder_hidden_states)
         context = Context(
             rewrites=self.rewrites,
-            packs=self.packs.ready(sample, self),
+            packs=self.packs.ready(sample, self.rewrites, self),
             tokens=encoder_hidden_states,
             mask=as_bias(attention_mask, sample),
         )

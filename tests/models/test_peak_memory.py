@@ -45,7 +45,7 @@ def network(monkeypatch):
 
 def test_a_layer_that_there_is_no_room_for_runs_on_its_parameters(network):
     layers, x = network
-    packs, more = Packs().ready(x, layers), nn.Conv2d(64, 64, 1).requires_grad_(False)
+    packs, more = Packs().ready(x, layers.rewrites, layers), nn.Conv2d(64, 64, 1).requires_grad_(False)
     for conv in (*layers, more):
         reference = conv.double()(x.double())
         conv.float()
@@ -57,7 +57,7 @@ def test_a_layer_that_there_is_no_room_for_runs_on_its_parameters(network):
 
 def test_new_values_take_the_room_of_the_old(network):
     layers, x = network
-    packs = Packs().ready(x, layers)
+    packs = Packs().ready(x, layers.rewrites, layers)
     for _ in range(3):
         for conv in layers:
             convolve(conv, x, packs)

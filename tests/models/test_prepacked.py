@@ -178,16 +178,16 @@ def test_what_is_left_to_the_layer(single, spoil):
 def test_not_where_a_call_is_observed_or_transformed():
     packs, x, network = Packs(), torch.randn(1, 4, 8, 8), nn.Module()
     network.rewrites = Rewrites()
-    assert packs.ready(x, network) is packs
-    assert packs.ready(x.to("meta"), network) is None
+    assert packs.ready(x, network.rewrites, network) is packs
+    assert packs.ready(x.to("meta"), network.rewrites, network) is None
     with torch.autocast("cpu"):
-        assert packs.ready(x, network) is None
+        assert packs.ready(x, network.rewrites, network) is None
     with torch._subclasses.FakeTensorMode():
-        assert packs.ready(x, network) is None
+        assert packs.ready(x, network.rewrites, network) is None
     seen = []
-    torch.func.vmap(lambda each: seen.append(packs.ready(each, network)) or each)(x)
+    torch.func.vmap(lambda each: seen.append(packs.ready(each, network.rewrites, network)) or each)(x)
     network.rewrites = Rewrites.none()
-    assert packs.ready(x, network) is None
+    assert packs.ready(x, network.rewrites, network) is None
     assert seen == [None]
 
 

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from fastdiff.models import prepacked
+from fastdiff.models.prepacked import Packs, convolve, convolve_both, convolve_doubled
+from fastdiff.models.winograd import filters
 from fastdiff.ops import native
 
 extension = native.extension()
@@ -119,3 +123,85 @@ def test_a_weight_for_other_channels_is_refused():
         extension.winograd_bfloat16(x[:, :64], packed, None, None, 128, (1, 1), False)
     with pytest.raises(RuntimeError, match="the addend has not the result's shape"):
         extension.winograd_bfloat16(x, packed, None, x[:, :64], 128, (1, 1), False)
+
+
+PLAIN = (3, 3), (1, 1), (1, 1), (1, 1), 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs", "geometry", "doubled", "expected"),
+    [
+        pytest.param((4, 128, 32, 32), 128, PLAIN, False, True, id="large"),
+        pytest.param((1, 256, 8, 8), 256, PLAIN, False, True, id="16 tiles"),
+        pytest.param((1, 256, 8, 6), 256, PLAIN, False, False, id="12 tiles"),
+        pytest.param((1, 256, 4, 4), 256, PLAIN, True, True, id="16 tiles when doubled"),
+        pytest.param((1, 3, 32, 32), 128, PLAIN, False, False, id="image"),
+        pytest.param((1, 128, 32, 32), 3, PLAIN, False, False, id="to an image"),
+        pytest.param((4, 128, 2, 9), 128, ((3, 3), (1, 1), (0, 1), (1, 1), 1), False, False, id="empty"),
+        pytest.param((4, 128, 8, 8), 128, ((3, 3), (1, 1), (0, 0), (1, 1), 1), True, False, id="doubled, no padding"),
+        pytest.param((4, 128, 32, 32), 128, ((3, 3), (2, 2), (1, 1), (1, 1), 1), False, False, id="stride"),
+        pytest.param((4, 128, 32, 32), 512, prepacked._PHASES, False, False, id="phases"),
+    ],
+)
+def test_the_choice(shape, outputs, geometry, doubled, expected):
+    assert filters(shape, outputs, geometry, doubled=doubled) is expected
+
+
+def close(y, conv, x, addend=None):
+    """Small maps have more of the border, where less is added up than the products hold; and halves are rounded."""
+    exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), conv.stride, conv.padding)
+    exact = exact if addend is None else exact + addend.double()
+    return y.shape == exact.shape and error(y, exact) < 1.5 * AMPLIFIED * error(exact.bfloat16(), exact)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the compiled functions that were called."""
+    found = []
+    for name in ("winograd_bfloat16", "convolve_bfloat16"):
+        kernel = getattr(extension, name)
+        monkeypatch.setattr(extension, name, lambda *args, n=name, k=kernel: found.append(n) or k(*args))
+    return found
+
+
+def layer(channels, outputs, size=3, stride=1):
+    torch.manual_seed(2)
+    return nn.Conv2d(channels, outputs, size, stride, size // 2).bfloat16().requires_grad_(False)
+
+
+def maps(*shape):
+    return torch.randn(shape).bfloat16().to(memory_format=torch.channels_last)
+
+
+def test_layers_are_filtered(calls):
+    """Plain, with an addend, at twice the size, and of two maps side by side."""
+    conv, x, packs = layer(96, 64), maps(2, 96, 12, 10), Packs()
+    addend = maps(2, 64, 12, 10)
+    assert close(convolve(conv, x, packs, addend=addend), conv, x, addend)
+    assert close(convolve_doubled(conv, x, packs, bias=True), conv, F.interpolate(x, scale_factor=2.0))
+    halves = [half.contiguous(memory_format=torch.channels_last) for half in (x[:, :40], x[:, 40:])]
+    assert close(convolve_both(conv, *halves, packs), conv, x)
+    assert calls == ["winograd_bfloat16"] * 4
+
+
+def test_a_filtered_weight_serves_smaller_maps(calls):
+    """One copy, whatever the sizes that follow each other; a larger map has it filtered."""
+    conv, packs = layer(64, 64), Packs()
+    for size in (4, 16, 4, 16):
+        x = maps(1, 64, size, size)
+        assert close(convolve(conv, x, packs), conv, x)
+    assert calls == ["convolve_bfloat16", *["winograd_bfloat16"] * 3]
+    assert [held.nbytes for held in packs.values()] == [64 * 64 * 16 * 2]
+
+
+@pytest.mark.parametrize("conv", [layer(64, 48, 1), layer(64, 48, 3, 2)], ids=["1x1", "strided"])
+def test_small_products_are_ours(conv, calls):
+    x, packs = maps(1, 64, 8, 8), Packs()
+    assert close(convolve(conv, x, packs), conv, x)
+    assert calls == ["convolve_bfloat16"]
+
+
+def test_large_products_and_odd_channels_are_onednn_s(calls):
+    for conv, x in ((layer(512, 512, 1), maps(1, 512, 24, 24)), (layer(31, 40, 1), maps(1, 31, 8, 8))):
+        assert close(convolve(conv, x, Packs()), conv, x)
+    assert calls == []
