@@ -13,20 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastdiff.models.arena import outside
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
+from fastdiff.models.packed import Packed, extension_or_none
 from fastdiff.models.rewrites import Rewrites
 from fastdiff.models.winograd import tile
-from fastdiff.ops import fold_upsample, native
+from fastdiff.ops import fold_upsample
 
 __all__ = ["Packs", "apply", "convolve", "convolve_both", "convolve_doubled", "doubles", "products", "takes"]
 
-_MOST_SHAPES = 64
 _LEAST_ROOM = 2**22
 """Bytes of copies that every network may have."""
-_UNTRIMMED = 2**21
-"""Bytes of copies after whose making the memory that it took goes back to the system."""
 _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
 """Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""
 
@@ -100,56 +97,13 @@ class _Known:
     """
 
     def __init__(self, leaves: tuple[nn.Module, ...], x: Tensor, *, fits: bool) -> None:
-        extension = _extension()
+        extension = extension_or_none()
         self.fits = fits
         self.values: dict[Hashable, weakref.ref[Any]] = {}
         self.layers: Any = None
         if extension is not None:
             flat = any(cast(Tensor, leaf.weight).dim() != 4 for leaf in leaves)
             self.layers = extension.Layers(leaves, x, cast(Tensor, leaves[0].weight).shape[1], flat)
-
-
-class Packed:
-    """A weight as it is read: ours for float32, otherwise in the layout that oneDNN chooses for the shape of what it is
-    multiplied with. There is one copy: where a new shape asks for another layout, that one takes its place."""
-
-    def __init__(self) -> None:
-        self._state: tuple[Tensor | None, frozenset[Any]] = (None, frozenset())
-
-    def at(self, shape: Any, pack: Callable[[], Tensor]) -> Tensor:
-        """For this shape; pack: makes it."""
-        packed, shapes = self._state
-        if packed is not None and shape in shapes:
-            return packed
-        with outside():
-            made = pack()
-        _trim_after(made.numel() * made.element_size())
-        if packed is not None and len(shapes) < _MOST_SHAPES and _layout(made) == _layout(packed):
-            self._state = packed, shapes | {shape}
-            return packed
-        self._state = made, frozenset({shape})
-        return made
-
-    @property
-    def nbytes(self) -> int:
-        packed = self._state[0]
-        if packed is None:
-            return 0
-        return int(torch.ops.mkldnn._nbytes(packed)) if packed.is_mkldnn else packed.nbytes
-
-
-_untrimmed = 0
-
-
-def _trim_after(size: int) -> None:
-    """What is freed between copies that stay is given back now and then, so that it does not add to the peak."""
-    global _untrimmed
-    _untrimmed += size
-    if _untrimmed >= _UNTRIMMED:
-        _untrimmed = 0
-        extension = _extension()
-        if extension is not None:
-            extension.trim_memory()
 
 
 def takes(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs | None, *, second: Tensor | None = None) -> bool:
@@ -179,13 +133,13 @@ def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) ->
     if bias and conv.bias is not None:
         own_bias = packs.kept(known, "four biases", (conv.bias,), lambda: cast(Tensor, conv.bias).detach().repeat(4))
     phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs, known)
-    doubled: Tensor = _extension().interleave(phases)
+    doubled: Tensor = extension_or_none().interleave(phases)
     return doubled
 
 
 def doubles(conv: nn.Conv2d, x: Tensor, packs: Packs | None) -> bool:
     # Without a copy of its own that layer would have one of another kind, which is as large.
-    return packs is not None and _extension() is not None and packs.known((conv,), x, always=True) is not None
+    return packs is not None and extension_or_none() is not None and packs.known((conv,), x, always=True) is not None
 
 
 def _convolve(
@@ -207,7 +161,7 @@ def _convolve(
     """
     taps, stride, padding, dilation, groups = geometry
     held: Packed = packs.kept(known, (geometry, part), (weight,), Packed)
-    extension = _extension()
+    extension = extension_or_none()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
         outputs = len(weight) * (4 if geometry is _PHASES else 1)
@@ -257,7 +211,7 @@ def products(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs) -> Tensor:
     if bias is not None and len(leaves) > 1:
         bias = packs.kept(known, "bias", biases, lambda: torch.cat(biases).detach())
     held: Packed = packs.kept(known, "linear", weights, Packed)
-    extension = _extension()
+    extension = extension_or_none()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(_joined(weights)))
         y: Tensor = extension.multiply(x, packed, bias, sum(weight.shape[0] for weight in weights))
@@ -274,12 +228,6 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
 
 def _geometry(conv: nn.Module) -> tuple[Any, ...]:
     return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-
-
-def _extension() -> Any:
-    """The compiled extension, or None."""
-    found = native.extension()
-    return None if isinstance(found, str) else found
 
 
 @cache
@@ -322,7 +270,3 @@ def _takes(leaves: Sequence[nn.Module], x: Tensor, second: Tensor | None = None)
         if weight.shape[1] != channels or (x.dim() == 4) > (weight.dim() == 4):
             return False
     return True
-
-
-def _layout(packed: Tensor) -> bytes:
-    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())

@@ -18,7 +18,7 @@ from fastdiff.errors import InputError
 from fastdiff.models.attention import PackedAttention
 from fastdiff.models.caches import Cache
 from fastdiff.models.forward import Forward
-from fastdiff.models.prepacked import Packed
+from fastdiff.models.packed import Packed
 from fastdiff.models.tracing import tensors
 
 _LEAVES = (nn.Linear, nn.Conv2d)
