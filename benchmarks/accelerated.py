@@ -95,7 +95,7 @@ def build(case: Case, device: torch.device) -> Work:
         chosen = {WITHOUT: [each for each in names() if each != rewrite], NONE: [], ONLY: [rewrite]}
         peers = {who: call(partial(fastdiff.accelerate, rewrites=rewrites)) for who, rewrites in chosen.items()}
     elif case.operator == "compiled":
-        frozen = {compilers.FROZEN: True} if name in cases.FROZEN else {}
+        frozen = {compilers.FROZEN: True} if (name, case.dtype) in cases.FROZEN else {}
         modes = {compilers.COMPILED: False, **frozen}
         peers = {who: call(partial(compilers.compiled, freezing=freezing)) for who, freezing in modes.items()}
     else:

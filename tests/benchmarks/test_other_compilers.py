@@ -60,10 +60,11 @@ def test_without_openvino_a_network_is_measured_all_the_same(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("network", "shape", "frozen"), [("tiny_unet", TINY, ()), ("small_decoder", (1, 4, 8, 8), ("small_decoder",))]
+    ("network", "shape", "frozen"),
+    [("tiny_unet", TINY, ()), ("small_decoder", (1, 4, 8, 8), (("small_decoder", "float32"),))],
 )
 def test_compiled_networks_are_rows_with_their_first_call(
-    network: str, shape: tuple[int, ...], frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    network: str, shape: tuple[int, ...], frozen: tuple[tuple[str, str], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a compiler that takes no minute; what is timed is the compiled network, not the one in its place."""
     compiled: list[str] = []
