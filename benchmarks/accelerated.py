@@ -21,6 +21,8 @@ from fastdiff import profiling
 from fastdiff.models.rewrites import names
 
 STEPS, INDEX = 50, 25
+LARGE = 2**31
+"""Bytes of weights, of which memory has no room for one copy more: diffusers in one memory format has to do."""
 WITHOUT, NONE, ONLY = "without", "none", "only"
 """Contenders of a rewrite: all but it, no rewrite at all, and it alone."""
 
@@ -95,11 +97,13 @@ def build(case: Case, device: torch.device) -> Work:
         chosen = {WITHOUT: [each for each in names() if each != rewrite], NONE: [], ONLY: [rewrite]}
         peers = {who: call(partial(fastdiff.accelerate, rewrites=rewrites)) for who, rewrites in chosen.items()}
     elif case.operator == "compiled":
-        frozen = {compilers.FROZEN: True} if name in cases.FROZEN else {}
+        frozen = {compilers.FROZEN: True} if (name, case.dtype) in cases.FROZEN else {}
         modes = {compilers.COMPILED: False, **frozen}
         peers = {who: call(partial(compilers.compiled, freezing=freezing)) for who, freezing in modes.items()}
     else:
-        peers = {"diffusers": call(_as_it_is), "diffusers channels-last": call(_channels_last)}
+        peers = {"diffusers": call(_as_it_is)}
+        if sum(each.numel() for each in _network(name).parameters()) * dtype.itemsize < LARGE:
+            peers["diffusers channels-last"] = call(_channels_last)
         if dtype != torch.float32:
             peers["diffusers float32"] = call(_as_it_is, torch.float32)
         if device.type == "cpu" and compilers.has_openvino():

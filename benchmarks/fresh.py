@@ -30,13 +30,14 @@ CALLS = 3
 def measure(case: Case, contender: str, *, threads: int) -> dict[str, float]:
     """{"first": seconds, "peak": bytes, "weights": bytes}, from a new process.
 
-    Errors: SystemExit where the process fails, with the last line of what it says.
+    Errors: ChildProcessError where the process fails, with the last line of what it says.
     """
     shape = "x".join(map(str, case.shape))
     command = [sys.executable, "-m", "benchmarks.fresh", case.variant, shape, case.dtype, contender, str(threads)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{case.name}: {contender}: {(done.stderr.strip() or 'ended').splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise ChildProcessError(f"exit status {done.returncode}, it says: {said[-1]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -94,7 +94,7 @@ def run_case(
 ) -> tuple[list[dict[str, str]], int]:
     """The rows of a case and the number of contenders that have none: wrong results, or no rest to measure in."""
     if case.operator == "first_call":
-        return _in_fresh_processes(case, device, facts), 0
+        return _in_fresh_processes(case, device, facts)
     # In inference mode networks remember nothing from one call to the next; pipelines do not call them in it.
     with torch.no_grad() if case.operator in NETWORKS else torch.inference_mode():
         work = _build(case, device)
@@ -135,15 +135,19 @@ def run_case(
     return rows, red
 
 
-def _in_fresh_processes(case: Case, device: torch.device, facts: record.Row) -> list[dict[str, str]]:
-    """A row for diffusers and for us; the time is that of the one first call."""
+def _in_fresh_processes(case: Case, device: torch.device, facts: record.Row) -> tuple[list[dict[str, str]], int]:
+    """A row for diffusers and for us, as `run_case`; the time is that of the one first call."""
     if device.type != "cpu" or importlib.util.find_spec("diffusers") is None:
         _skip(case, "it is measured on the CPU, beside diffusers")
-        return []
+        return [], 0
     rows: list[dict[str, str]] = []
     timings: list[measure.Timing] = []
     for name in (fresh.LIBRARY, fresh.OURS):
-        found = fresh.measure(case, name, threads=torch.get_num_threads())
+        try:
+            found = fresh.measure(case, name, threads=torch.get_num_threads())
+        except ChildProcessError as error:
+            print(f"{case.name}: {name}: not measured: {error}", file=sys.stderr)
+            return [], 1
         first = found["first"]
         timings.append(measure.Timing(first, first, first, 1, 1, 0.0))
         made = record.row(
@@ -164,7 +168,7 @@ def _in_fresh_processes(case: Case, device: torch.device, facts: record.Row) -> 
             f"{what}_mbytes": record.short(found[of] / 1e6) for what, of in (("peak", "peak"), ("weight", "weights"))
         }
         rows.append(made | megabytes)
-    return rows
+    return rows, 0
 
 
 def _build(case: Case, device: torch.device) -> Work | None:

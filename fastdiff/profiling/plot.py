@@ -75,7 +75,8 @@ def _panel(axes: Any, title: str, rows: Sequence[Line], layers: int) -> None:
     axes.set_xlabel("ms of a step; black: the machine's roofline", fontsize=7)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_title(title, fontsize=9, loc="left")
-    axes.legend(fontsize=7, loc="lower right")
+    # Above the bars, of which the last may reach as far as any.
+    axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(codes), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
