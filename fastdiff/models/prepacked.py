@@ -26,8 +26,8 @@ _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
 """Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""
 
 
-_FILTERED, _PAIRED = "filtered", "paired"
-"""The layouts of a weight of bfloat16 that was transformed, and of one whose channels lie in pairs: for any shape."""
+_PAIRED = "paired"
+"""The layout of a weight of bfloat16 for products of ours of any shape: channels in pairs."""
 _MOST_PRODUCTS = 2**27
 """Up to so many products of bfloat16 ours are faster than oneDNN's, which take 20 microseconds to begin."""
 
@@ -75,15 +75,11 @@ class Packed:
         self._state = made, frozenset({shape})
         return made
 
-    def lies(self, layout: str) -> bool:
-        """Whether it has this layout, in which it serves every shape."""
-        return layout in self._state[1]
-
     def takes_pairs(self, x: Tensor, channels: int, products: int) -> bool:
         """Whether ours are these products of x. A weight stays in the layout that it was given first."""
         if x.dtype != torch.bfloat16 or channels % 2 or not _has_products():
             return False
-        return products <= _MOST_PRODUCTS if self._state[0] is None else self.lies(_PAIRED)
+        return products <= _MOST_PRODUCTS if self._state[0] is None else _PAIRED in self._state[1]
 
     @property
     def nbytes(self) -> int:
@@ -142,9 +138,7 @@ def _convolve(
     doubled: of x at twice its size, for what `tile` finds tiles for.
     """
     taps, stride, padding, dilation, groups = geometry
-    held: Packed = packs.get(
-        (geometry, "doubled" if doubled and x.dtype == torch.bfloat16 else part), (weight,), Packed
-    )
+    held: Packed = packs.get((geometry, part), (weight,), Packed)
     extension = _extension()
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(make().detach()))
@@ -155,8 +149,8 @@ def _convolve(
             return filtered
         y: Tensor = extension.convolve(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
-    if held.lies(_FILTERED) or _in_tiles(x, len(weight), geometry, doubled=doubled):
-        packed = held.at(_FILTERED, lambda: extension.pack_winograd_bfloat16(make().detach(), doubled))
+    if _in_tiles(x, len(weight), geometry, doubled=doubled):
+        packed = held.at(_PAIRED, lambda: extension.pack_bfloat16(make().detach()))
         rounded: Tensor = extension.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
         return rounded
     outputs = len(weight) * (4 if geometry is _PHASES else 1)
