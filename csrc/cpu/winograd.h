@@ -218,46 +218,31 @@ class Winograd {
     }
   }
 
-  // u[frequency][channel / PAIR][column][channel % PAIR]; zero for channels and outputs that there are not.
+  // u[frequency][channel][column] of `depth` channels; zero for channels and outputs that there are not.
   void transform_weight(int64_t column, int64_t channel, int64_t depth) const {
-    constexpr int PAIR = Product::PAIR;
-    const Element* from = panel(column);
-    for (int64_t c = 0; c < depth; c += PAIR) {
+    for (int64_t c = 0; c < depth; ++c) {
+      const Element* from = channel + c < args_.channels ? panel(column) + (channel + c) * PACKED_OUTPUTS : nullptr;
       for (int64_t o = 0; o < COLUMNS; o += LANES) {
-        Floats half[PAIR][SIZE][3];
-#pragma GCC unroll 2
-        for (int p = 0; p < PAIR; ++p) filter_columns(from + o, channel + c + p, half[p]);
-        Element* to = u_ + (c * COLUMNS + o * PAIR);
+        Floats half[SIZE][3];
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) {
+          Floats g[3] = {}, result[SIZE];
+#pragma GCC unroll 3
+          for (int i = 0; i < 3; ++i) {
+            if (from) g[i] = Product::load(from + (i * 3 + j) * args_.channels * PACKED_OUTPUTS + o);
+          }
+          Filter::weight(g, result);
+#pragma GCC unroll 6
+          for (int i = 0; i < SIZE; ++i) half[i][j] = result[i];
+        }
 #pragma GCC unroll 6
         for (int i = 0; i < SIZE; ++i) {
-          Floats row[PAIR][SIZE];
-#pragma GCC unroll 2
-          for (int p = 0; p < PAIR; ++p) Filter::weight(half[p][i], row[p]);
+          Floats u[SIZE];
+          Filter::weight(half[i], u);
 #pragma GCC unroll 6
-          for (int j = 0; j < SIZE; ++j) {
-            Floats pair[PAIR];
-#pragma GCC unroll 2
-            for (int p = 0; p < PAIR; ++p) pair[p] = row[p][j];
-            Product::store_weight(to + (i * SIZE + j) * U_APART, pair);
-          }
+          for (int j = 0; j < SIZE; ++j) Product::store(u_ + (i * SIZE + j) * U_APART + c * COLUMNS + o, u[j]);
         }
       }
-    }
-  }
-
-  void filter_columns(const Element* from, int64_t channel, Floats (&half)[SIZE][3]) const {
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-      Floats g[3] = {}, column[SIZE];
-      if (channel < args_.channels) {
-#pragma GCC unroll 3
-        for (int i = 0; i < 3; ++i) {
-          g[i] = Product::load(from + ((i * 3 + j) * args_.channels + channel) * PACKED_OUTPUTS);
-        }
-      }
-      Filter::weight(g, column);
-#pragma GCC unroll 6
-      for (int i = 0; i < SIZE; ++i) half[i][j] = column[i];
     }
   }
 
