@@ -180,15 +180,6 @@ struct WinogradArgs {
   int threads;
 };
 
-// weight (outputs, channels, 3, 3) into the transformed form that winograd_bfloat16 reads.
-struct WinogradPackArgs {
-  int64_t outputs, channels;
-  bool doubled;
-  const uint16_t* weight;
-  uint16_t* to;
-  int threads;
-};
-
 // A channels-last map and a weight that was packed, bfloat16, with an even number of channels.
 struct ConvolveBFloat16Args {
   int64_t samples, channels, height, width;
@@ -245,7 +236,6 @@ namespace cpu {
   bool has_bfloat16_products();                       \
   void convolve_bfloat16(const ConvolveBFloat16Args& args); \
   void pack_bfloat16(const PackBFloat16Args& args);   \
-  void pack_winograd_bfloat16(const WinogradPackArgs& args); \
   int64_t winograd_bfloat16_scratch(const WinogradArgs& args); \
   void winograd_bfloat16(const WinogradArgs& args);   \
   }

@@ -1,4 +1,4 @@
-// Convolutions and products of bfloat16 on the CPU whose weights were packed or transformed. Arguments were checked by
+// Convolutions and products of bfloat16 on the CPU whose weights were packed. Arguments were checked by
 // fastdiff/models/prepacked.py, which asks first whether the machine has the products.
 #include "tensors.h"
 
@@ -19,10 +19,6 @@ const uint16_t* words(const Tensor& tensor) { return static_cast<const uint16_t*
 const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 int64_t padded(int64_t outputs) { return (outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS; }
-
-int64_t filtered_size(int64_t outputs, int64_t channels, bool doubled) {
-  return padded(outputs) * ((channels + 15) / 16 * 16) * (doubled ? 9 : 16);
-}
 
 void check_packed(const Tensor& packed, int64_t size, int64_t channels, int64_t outputs) {
   TORCH_CHECK(packed.numel() == size, "the packed weight is not one for ", channels, " channels and ", outputs,
@@ -49,21 +45,6 @@ std::pair<Tensor, OptionalTensor> describe(Args& args, const Tensor& x, const Op
   return {out, addend->contiguous(at::MemoryFormat::ChannelsLast)};
 }
 
-// weight (outputs, channels, 3, 3) as `winograd_bfloat16` reads it.
-Tensor pack_winograd_bfloat16(const Tensor& weight, bool doubled) {
-  const Tensor from = weight.contiguous();
-  WinogradPackArgs args{};
-  args.outputs = from.size(0);
-  args.channels = from.size(1);
-  args.doubled = doubled;
-  const Tensor to = at::empty({filtered_size(args.outputs, args.channels, doubled)}, from.options());
-  args.weight = words(from);
-  args.to = static_cast<uint16_t*>(to.data_ptr());
-  args.threads = at::get_num_threads();
-  ON_CPU(pack_winograd_bfloat16, args);
-  return to;
-}
-
 // A 3x3 convolution of stride 1 of x (N, C, H, W), or of x at twice its size with padding 1; x and addend
 // channels-last, as the result is.
 Tensor winograd_bfloat16(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias,
@@ -74,7 +55,7 @@ Tensor winograd_bfloat16(const Tensor& input, const Tensor& packed, const Option
   WinogradArgs args{};
   const auto [out, addend] = describe(args, x, own_addend, outputs, x.size(2) * scale + 2 * padding[0] - 2,
                                       x.size(3) * scale + 2 * padding[1] - 2);
-  check_packed(packed, filtered_size(outputs, args.channels, doubled), args.channels, outputs);
+  check_packed(packed, padded(outputs) * args.channels * 9, args.channels, outputs);
   for (int d = 0; d < 2; ++d) args.padding[d] = padding[d];
   args.tile = 2;
   args.doubled = doubled;
@@ -94,7 +75,7 @@ Tensor winograd_bfloat16(const Tensor& input, const Tensor& packed, const Option
   return out;
 }
 
-// weight (outputs, channels, taps...) as `convolve_bfloat16` and `multiply_bfloat16` read it; channels are even.
+// weight (outputs, channels, taps...) as the functions here read it; channels are even.
 Tensor pack_bfloat16(const Tensor& weight) {
   const Tensor from = weight.contiguous();
   PackBFloat16Args args{};
@@ -158,7 +139,6 @@ Tensor multiply_bfloat16(const Tensor& input, const Tensor& packed, const Option
 
 void register_bfloat16(py::module_& m) {
   m.def("has_bfloat16_products", &has_bfloat16_products);
-  m.def("pack_winograd_bfloat16", &pack_winograd_bfloat16);
   m.def("winograd_bfloat16", &winograd_bfloat16);
   m.def("pack_bfloat16", &pack_bfloat16);
   m.def("convolve_bfloat16", &convolve_bfloat16);

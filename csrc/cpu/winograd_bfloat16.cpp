@@ -1,6 +1,5 @@
 #include "bfloat16_dot.h"
 #include "bfloat16_products.h"
-#include "convert.h"
 #include "winograd_packed.h"
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
@@ -26,52 +25,44 @@ struct WinogradBFloat16 {
     multiply_bfloat16<COLUMNS / LANES>(reinterpret_cast<const uint32_t*>(v), stride / 2, rows,
                                        reinterpret_cast<const uint32_t*>(u), COLUMNS, depth / 2, m, COLUMNS, first);
   }
+
+  // to[f][k] = (G g G^T)[f] of g[tap] = from[tap * count + k], for k < count, a multiple of 32; none where to[f] is
+  // null.
+  static void filter(const uint16_t* from, int64_t count, uint16_t* const (&to)[16]) {
+    for (int64_t k = 0; k < count; k += 2 * LANES) {
+      Floats low[16], high[16];
+      filter_lanes(from + k, count, low);
+      filter_lanes(from + k + LANES, count, high);
+#pragma GCC unroll 16
+      for (int f = 0; f < 16; ++f) {
+        if (to[f]) _mm512_storeu_si512(to[f] + k, (__m512i)_mm512_cvtne2ps_pbh(high[f], low[f]));
+      }
+    }
+  }
+
+ private:
+  static void filter_lanes(const uint16_t* from, int64_t count, Floats (&u)[16]) {
+    Floats half[4][3];
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      Floats g[3], column[4];
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) g[i] = get_bfloat16(from + (3 * i + j) * count);
+      Transform<2>::weight(g, column);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) half[i][j] = column[i];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      Floats row[4];
+      Transform<2>::weight(half[i], row);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) u[4 * i + j] = row[j];
+    }
+  }
 };
 
-constexpr int COLUMNS = WinogradBFloat16::COLUMNS;
-
-// u = G g G^T of LANES outputs from `output` on; zero for what there is not.
-void filter(const WinogradPackArgs& args, int64_t output, int64_t channel, Floats (&u)[4][4]) {
-  Floats g[3][3] = {}, half[4][3];
-  if (channel < args.channels) {
-    for (int tap = 0; tap < 9; ++tap) {
-      float lanes[LANES] = {};
-      for (int64_t o = 0; o < smaller(LANES, args.outputs - output); ++o) {
-        lanes[o] = from_bfloat16(args.weight[((output + o) * args.channels + channel) * 9 + tap]);
-      }
-      g[tap / 3][tap % 3] = get(lanes);
-    }
-  }
-  for (int j = 0; j < 3; ++j) {
-    const Floats column[3] = {g[0][j], g[1][j], g[2][j]};
-    Floats result[4];
-    Transform<2>::weight(column, result);
-    for (int i = 0; i < 4; ++i) half[i][j] = result[i];
-  }
-  for (int i = 0; i < 4; ++i) Transform<2>::weight(half[i], u[i]);
-}
-
 }  // namespace
-
-void pack_winograd_bfloat16(const WinogradPackArgs& args) {
-  const Frequencies frequencies(args.doubled);
-  const int64_t depth = ceil_divide(args.channels, 16) * 16;
-  parallel_for(ceil_divide(args.outputs, COLUMNS), args.threads, [&](int64_t block) {
-    uint16_t* to = args.to + block * frequencies.count() * depth * COLUMNS;
-    for (int64_t o = 0; o < COLUMNS; o += LANES) {
-      for (int64_t c = 0; c < depth; c += 2) {
-        Floats even[4][4] = {}, odd[4][4] = {};
-        filter(args, block * COLUMNS + o, c, even);
-        filter(args, block * COLUMNS + o, c + 1, odd);
-        uint16_t* pair = to + c * COLUMNS + 2 * o;
-        for (const int f : frequencies) {
-          BFloat16::store_pairs(reinterpret_cast<uint32_t*>(pair), even[f / 4][f % 4], odd[f / 4][f % 4]);
-          pair += depth * COLUMNS;
-        }
-      }
-    }
-  });
-}
 
 bool has_bfloat16_products() { return __builtin_cpu_supports("avx512bf16"); }
 
@@ -82,8 +73,6 @@ void winograd_bfloat16(const WinogradArgs& args) { WinogradPacked<WinogradBFloat
 #else
 
 bool has_bfloat16_products() { return false; }
-
-void pack_winograd_bfloat16(const WinogradPackArgs&) {}
 
 int64_t winograd_bfloat16_scratch(const WinogradArgs&) { return 0; }
 

@@ -18,15 +18,15 @@ from fastdiff.models.rewrites import Rewrites
 from fastdiff.ops import native
 from fastdiff.ops.torch_library import onednn_dtypes
 
-__all__ = ["FILTERED", "PAIRED", "Known", "Packed", "Packs", "extension", "has_products"]
+__all__ = ["PAIRED", "Known", "Packed", "Packs", "extension", "has_products"]
 
 _MOST_SHAPES = 64
 _LEAST_ROOM = 2**22
 """Bytes of copies that every network may have."""
 _UNTRIMMED = 2**21
 """Bytes of copies after whose making the memory that it took goes back to the system."""
-FILTERED, PAIRED = "filtered", "paired"
-"""The layouts of a weight of bfloat16 that was transformed, and of one whose channels lie in pairs: for any shape."""
+PAIRED = "paired"
+"""The layout of a weight of bfloat16 for products of ours of any shape: channels in pairs."""
 _MOST_PRODUCTS = 2**27
 """Up to so many products of bfloat16 ours are faster than oneDNN's, which take 20 microseconds to begin."""
 
@@ -130,15 +130,11 @@ class Packed:
         self._state = made, frozenset({shape})
         return made
 
-    def lies(self, layout: str) -> bool:
-        """Whether it has this layout, in which it serves every shape."""
-        return layout in self._state[1]
-
     def takes_pairs(self, x: Tensor, channels: int, products: int) -> bool:
         """Whether ours are these products of x. A weight stays in the layout that it was given first."""
         if x.dtype != torch.bfloat16 or channels % 2 or not has_products():
             return False
-        return products <= _MOST_PRODUCTS if self._state[0] is None else self.lies(PAIRED)
+        return products <= _MOST_PRODUCTS if self._state[0] is None else PAIRED in self._state[1]
 
     @property
     def nbytes(self) -> int:

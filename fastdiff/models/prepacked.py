@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.models.packs import FILTERED, PAIRED, Known, Packed, Packs, extension, has_products
+from fastdiff.models.packs import PAIRED, Known, Packed, Packs, extension, has_products
 from fastdiff.models.winograd import filters, tile
 from fastdiff.ops import fold_upsample
 
@@ -73,8 +73,7 @@ def _convolve(
     doubled: of x at twice its size, for what `tile` finds tiles for.
     """
     taps, stride, padding, dilation, groups = geometry
-    key = geometry, "doubled" if doubled and x.dtype == torch.bfloat16 else part
-    held: Packed = packs.kept(known, key, (weight,), Packed)
+    held: Packed = packs.kept(known, (geometry, part), (weight,), Packed)
     compiled = extension()
     if x.dtype == torch.float32 and compiled is not None:
         packed = held.at(None, lambda: compiled.pack_weight(make().detach()))
@@ -85,8 +84,8 @@ def _convolve(
             return filtered
         y: Tensor = compiled.conv_packed(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
-    if held.lies(FILTERED) or _in_tiles(x, len(weight), geometry, doubled=doubled):
-        packed = held.at(FILTERED, lambda: compiled.pack_winograd_bfloat16(make().detach(), doubled))
+    if _in_tiles(x, len(weight), geometry, doubled=doubled):
+        packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(make().detach()))
         rounded: Tensor = compiled.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
         return rounded
     outputs = len(weight) * (4 if geometry is _PHASES else 1)

@@ -18,7 +18,7 @@ what transforming a weight costs."""
 _FEWEST_CHANNELS = 128
 """For tiles of 4: below, sums are so short that the transforms would make most of the rounding error."""
 _FEWEST_TILES = 16
-"""For bfloat16: below, reading weights that are 16 / 9 as large takes longer than the products."""
+"""For bfloat16: below, transforming weights takes longer than what it saves."""
 _FEWEST = 32
 """Channels and outputs, for bfloat16: with fewer there is little but transforms."""
 _GAIN = 0.9
@@ -49,12 +49,12 @@ def tile(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, dou
 
 
 def filters(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
-    """Whether a convolution of bfloat16 is made in tiles of 2 x 2 results, of weights that were transformed once."""
+    """Whether a convolution of bfloat16 is made in tiles of 2 x 2 results; its weights lie in pairs of channels."""
     height, width = _result(shape, geometry, doubled)
     if height < 1 or width < 1 or (doubled and tuple(geometry[2]) != (1, 1)):
         return False
     tiles = shape[0] * -(-height // 2) * -(-width // 2)
-    return tiles >= _FEWEST_TILES and min(shape[1], outputs) >= _FEWEST
+    return tiles >= _FEWEST_TILES and min(shape[1], outputs) >= _FEWEST and shape[1] % 2 == 0
 
 
 def _result(shape: tuple[int, ...], geometry: tuple[Any, ...], doubled: bool) -> tuple[int, int]:

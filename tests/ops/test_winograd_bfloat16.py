@@ -24,7 +24,7 @@ SHAPES = {
     "few tiles": (1, 128, 8, 8, 128),
     "many tiles": (2, 64, 24, 26, 96),
     "many channels": (1, 1056, 8, 8, 64),
-    "odd channels": (1, 51, 6, 6, 33),
+    "other channels": (1, 54, 6, 6, 33),
 }
 
 
@@ -37,7 +37,7 @@ def inputs(shape, scale=1.0):
 
 
 def run(x, weight, bias=None, addend=None, padding=(1, 1), *, doubled=False):
-    packed = extension.pack_winograd_bfloat16(weight, doubled)
+    packed = extension.pack_bfloat16(weight)
     return extension.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
 
 
@@ -118,7 +118,7 @@ def test_large_and_small_values(threads):
 
 def test_a_weight_for_other_channels_is_refused():
     x, weight, _ = inputs(SHAPES["few tiles"])
-    packed = extension.pack_winograd_bfloat16(weight, False)
+    packed = extension.pack_bfloat16(weight)
     with pytest.raises(RuntimeError, match="not one for 64 channels and 128 outputs"):
         extension.winograd_bfloat16(x[:, :64], packed, None, None, 128, (1, 1), False)
     with pytest.raises(RuntimeError, match="the addend has not the result's shape"):
@@ -135,6 +135,7 @@ PLAIN = (3, 3), (1, 1), (1, 1), (1, 1), 1
         pytest.param((1, 256, 8, 8), 256, PLAIN, False, True, id="16 tiles"),
         pytest.param((1, 256, 8, 6), 256, PLAIN, False, False, id="12 tiles"),
         pytest.param((1, 256, 4, 4), 256, PLAIN, True, True, id="16 tiles when doubled"),
+        pytest.param((1, 257, 8, 8), 256, PLAIN, False, False, id="odd channels"),
         pytest.param((1, 3, 32, 32), 128, PLAIN, False, False, id="image"),
         pytest.param((1, 128, 32, 32), 3, PLAIN, False, False, id="to an image"),
         pytest.param((4, 128, 2, 9), 128, ((3, 3), (1, 1), (0, 1), (1, 1), 1), False, False, id="empty"),
@@ -182,16 +183,16 @@ def test_layers_are_filtered(calls):
     halves = [half.contiguous(memory_format=torch.channels_last) for half in (x[:, :40], x[:, 40:])]
     assert close(convolve_both(conv, *halves, packs), conv, x)
     assert calls == ["winograd_bfloat16"] * 4
+    assert len(packs.values()) == 3
 
 
-def test_a_filtered_weight_serves_smaller_maps(calls):
-    """One copy, whatever the sizes that follow each other; a larger map has it filtered."""
+def test_one_copy_serves_every_size(calls):
     conv, packs = layer(64, 64), Packs()
     for size in (4, 16, 4, 16):
         x = maps(1, 64, size, size)
         assert close(convolve(conv, x, packs), conv, x)
-    assert calls == ["convolve_bfloat16", *["winograd_bfloat16"] * 3]
-    assert [held.nbytes for held in packs.values()] == [64 * 64 * 16 * 2]
+    assert calls == ["convolve_bfloat16", "winograd_bfloat16"] * 2
+    assert [held.nbytes for held in packs.values()] == [conv.weight.nbytes]
 
 
 @pytest.mark.parametrize("conv", [layer(64, 48, 1), layer(64, 48, 3, 2)], ids=["1x1", "strided"])
