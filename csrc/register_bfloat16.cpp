@@ -64,8 +64,8 @@ Tensor pack_winograd_bfloat16(const Tensor& weight, bool doubled) {
   return to;
 }
 
-// A 3x3 convolution of stride 1 of x (N, C, H, W), or of x at twice its size with padding 1; x and addend channels-last,
-// as the result is.
+// A 3x3 convolution of stride 1 of x (N, C, H, W), or of x at twice its size with padding 1; x and addend
+// channels-last, as the result is.
 Tensor winograd_bfloat16(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias,
                          const OptionalTensor& own_addend, int64_t outputs, const std::array<int64_t, 2>& padding,
                          bool doubled) {
@@ -123,8 +123,9 @@ Tensor convolve_bfloat16(const Tensor& input, const Tensor& packed, const Option
                          const std::array<int64_t, 2>& stride, const std::array<int64_t, 2>& padding) {
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   ConvolveBFloat16Args args{};
-  const auto [out, addend] = describe(args, x, own_addend, outputs, (x.size(2) + 2 * padding[0] - taps[0]) / stride[0] + 1,
-                                      (x.size(3) + 2 * padding[1] - taps[1]) / stride[1] + 1);
+  const auto [out, addend] =
+      describe(args, x, own_addend, outputs, (x.size(2) + 2 * padding[0] - taps[0]) / stride[0] + 1,
+               (x.size(3) + 2 * padding[1] - taps[1]) / stride[1] + 1);
   for (int d = 0; d < 2; ++d) {
     args.taps[d] = taps[d];
     args.stride[d] = stride[d];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from test_cli import _no_interpreter, assert_refused, checkpoint, run  # noqa: F
 from torch import nn
 from torch.nn import functional as F
 
-from fastdiff import ops, profiling
+from fastdiff import config, ops, profiling
 from fastdiff.errors import InputError
 from fastdiff.models import prepacked
 from fastdiff.models.prepacked import Packs
 from fastdiff.models.rewrites import Rewrites
-from fastdiff.profiling import Machine, measure, networks, plot, table
+from fastdiff.profiling import Machine, machine, measure, networks, plot, table
 from fastdiff.profiling.recording import EVENTS, packed_products_recorded
 
 
@@ -50,6 +51,9 @@ def test_pytorch_s_operators_are_counted():
         F.conv2d(x, torch.randn(4, 6, 3, 3), padding=1, dilation=2)
         F.linear(tokens, matrix)
         F.linear(tokens, matrix)
+        F.linear(tokens, torch.randn(3, 8), torch.randn(3))
+        F.conv2d(x, torch.randn(5, 6, 3, 5), padding="same")
+        F.conv2d(x, torch.randn(5, 6, 3, 5), padding="valid")
         F.scaled_dot_product_attention(q, k, k)
         F.group_norm(x, 2, norm, norm)
         x + x[:, :1]
@@ -66,6 +70,9 @@ def test_pytorch_s_operators_are_counted():
     )
     assert found["conv2d 3x3 6 -> 4, 2x6x6"].flops == 2 * (2 * 4 * 6 * 6) * 6 * 9
     assert counted(found["linear 8 -> 7, 10 rows"]) == (2, 2 * 2 * 10 * 8 * 7, 2 * 4 * (80 + 56 + 70))
+    assert counted(found["linear 8 -> 3, 10 rows"]) == (1, 2 * 10 * 8 * 3, 4 * (80 + 24 + 3 + 30))
+    assert found["conv2d 3x5 6 -> 5, 2x8x8"].flops == 2 * (2 * 5 * 8 * 8) * 6 * 15
+    assert found["conv2d 3x5 6 -> 5, 2x6x4"].flops == 2 * (2 * 5 * 6 * 4) * 6 * 15
     assert counted(found["attention 2x3x5x4, 9 keys"]) == (1, 4 * 6 * 5 * 9 * 4, 4 * (2 * 120 + 2 * 216))
     assert counted(found["group_norm 2x6x8x8"]) == (1, 0, 4 * (2 * x.numel() + 12))
     assert counted(found["add 2x6x8x8"]) == (1, 0, 4 * (2 * x.numel() + x.numel() // 6))
@@ -176,35 +183,63 @@ def test_the_rows_of_a_step_add_up_to_it():
 
 
 def test_the_machine_is_measured():
-    machine = Machine()
+    here = Machine()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert 1e7 < machine.flops(dtype) < 1e15
-    assert 1e8 < machine.copying(2**20) < 1e14
-    assert machine.copying(2**20) == machine.copying(2**20 - 1)
-    computing, moving = machine.seconds(10**9, 1, torch.float32), machine.seconds(1, 2**28, torch.float32)
-    assert computing == 1e9 / machine.flops(torch.float32)
-    assert moving == 2**28 / machine.copying(2**28)
-    assert machine.seconds(0, 0, torch.float32) == 0.0
+        assert 1e7 < here.flops(dtype) < 1e15
+    assert 1e8 < here.copying(2**20) < 1e14
+    assert here.copying(2**20) == here.copying(2**20 - 1)
+    computing, moving = here.seconds(10**9, 1, torch.float32), here.seconds(1, 2**28, torch.float32)
+    assert computing == 1e9 / here.flops(torch.float32)
+    assert moving == 2**28 / here.copying(2**28)
+    assert here.seconds(0, 0, torch.float32) == 0.0
+
+
+def test_the_profiler_says_nothing_unless_it_is_asked(monkeypatch: pytest.MonkeyPatch):
+    # Set first, so that whatever happens here is undone.
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "1")
+    config.quieten_profiler()
+    assert os.environ["KINETO_LOG_LEVEL"] == "1"
+    del os.environ["KINETO_LOG_LEVEL"]
+    rows(lambda: torch.ones(2) + 1)
+    assert int(os.environ["KINETO_LOG_LEVEL"]) > 50
+
+
+def test_large_products_are_left_out_where_they_take_long(monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def product(dtype: torch.dtype, n: int, threads: int) -> float:
+        asked.append(n)
+        return {torch.float32: 1e12, torch.float16: 1e9}[dtype] + n
+
+    monkeypatch.setattr(machine, "_product", product)
+    assert Machine().flops(torch.float32) == 1e12 + 2048
+    assert Machine().flops(torch.float16) == 1e9 + 512
+    assert asked == [512, 1024, 2048, 512]
 
 
 def profile(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     return run(capsys, "profile", *arguments, "--threads", 1, "--steps", 1)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machine, "copying", Known.copying)
-    monkeypatch.setattr(measure.Machine, "flops", Known.flops)
+    monkeypatch.setattr(Machine, "flops", Known.flops)
 
 
+@pytest.mark.usefixtures("_known")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_is_profiled(capsys, checkpoint, tmp_path, dtype):  # noqa: F811
     out, picture = tmp_path / "layers.csv", tmp_path / "layers.png"
     arguments = ("--dtype", dtype, "--batch", 2, "--size", 16, "--rows", 3, "--diffusers")
     threads = torch.get_num_threads()
-    status, stdout, stderr = profile(capsys, checkpoint, *arguments, "--csv", out, "--plot", picture)
+    torch.set_num_threads(2)
+    try:
+        status, stdout, stderr = profile(capsys, checkpoint, *arguments, "--csv", out, "--plot", picture)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert (status, stderr) == (0, "")
-    assert torch.get_num_threads() == threads
     lines = stdout.splitlines()
     assert lines[0].startswith(f"{checkpoint}, 2x1x16x16, {dtype}, 1 threads of ")
     assert sum(line.startswith(("fastdiff: a step takes", "diffusers: a step takes")) for line in lines) == 2
@@ -228,6 +263,7 @@ def test_a_model_is_profiled(capsys, checkpoint, tmp_path, dtype):  # noqa: F811
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("_known")
 def test_the_default_is_the_embedded_model(capsys):
     status, stdout, _ = profile(capsys)
     assert status == 0
@@ -261,6 +297,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / name for name in made}
 
 
+@pytest.mark.usefixtures("_known")
 @pytest.mark.parametrize(
     ("name", "shape"), [("text", "1x4x8x8"), ("sdxl", "1x4x8x8"), ("vae", "1x4x8x8")], ids=lambda value: value
 )
@@ -292,6 +329,7 @@ def test_the_layouts_are_networks_of_ours(name, monkeypatch):
     assert len(shape) == 4
 
 
+@pytest.mark.usefixtures("_known")
 def test_a_layout_is_profiled(capsys, monkeypatch):
     small = networks.Layout(
         "UNet2DModel", {**networks.NETWORKS["cifar"].config, "block_out_channels": (32,) * 4}, (4, 3, 32, 32)

@@ -22,8 +22,8 @@ inline void put_bfloat16(uint16_t* to, Floats x) {
 }
 
 template <int ROWS, int VECTORS>
-inline void multiply_bfloat16_tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t b_stride, int64_t pairs,
-                                   float* out, int64_t out_stride, bool first) {
+inline void multiply_bfloat16_tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t b_stride,
+                                   int64_t pairs, float* out, int64_t out_stride, bool first) {
   Floats sum[ROWS][VECTORS] = {};
   for (int64_t t = 0; t < pairs; ++t, b += b_stride) {
 #pragma GCC unroll 16

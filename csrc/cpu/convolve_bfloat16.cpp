@@ -1,5 +1,4 @@
 #include "bfloat16_dot.h"
-
 #include "bfloat16_products.h"
 #include "ops.h"
 #include "parallel.h"
@@ -12,11 +11,11 @@ namespace fastdiff::cpu::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t PANEL = PACKED_OUTPUTS;
-constexpr int64_t CHUNK = 512;            // values multiplied at a time: a panel's share stays in the cache
-constexpr int64_t BLOCK = 48;             // pixels at most that are multiplied together
-constexpr int64_t GATHERED = 1 << 19;     // bytes of them, where that leaves 12
-constexpr int64_t APART = 32;             // values between gathered rows, so that they do not collide in a cache
-constexpr int64_t PARALLEL = 1 << 19;     // products below which threads cost more than they give
+constexpr int64_t CHUNK = 512;         // values multiplied at a time: a panel's share stays in the cache
+constexpr int64_t BLOCK = 48;          // pixels at most that are multiplied together
+constexpr int64_t GATHERED = 1 << 19;  // bytes of them, where that leaves 12
+constexpr int64_t APART = 32;          // values between gathered rows, so that they do not collide in a cache
+constexpr int64_t PARALLEL = 1 << 19;  // products below which threads cost more than they give
 
 const uint16_t* words(const void* data) { return static_cast<const uint16_t*>(data); }
 
@@ -26,7 +25,8 @@ class Convolution {
     depth_ = args.taps[0] * args.taps[1] * args.channels;
     pixels_ = args.samples * args.out_height * args.out_width;
     panels_ = ceil_divide(args.outputs, PANEL);
-    in_place_ = depth_ == args.channels && args.stride[0] * args.stride[1] == 1 && args.padding[0] + args.padding[1] == 0;
+    in_place_ =
+        depth_ == args.channels && args.stride[0] * args.stride[1] == 1 && args.padding[0] + args.padding[1] == 0;
     row_ = in_place_ ? depth_ : depth_ + APART;
     const int64_t fit = GATHERED / (2 * row_);
     const int64_t blocks = ceil_divide(pixels_, in_place_ ? BLOCK : fit < 12 ? 12 : smaller(fit, BLOCK));

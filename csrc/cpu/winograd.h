@@ -30,44 +30,37 @@ class Winograd {
     depth_ = ceil_divide(args.channels, 16) * 16;
     row_ = depth_ + APART;
     const int64_t fit = STRIP_BYTES / (FREQUENCIES * row_ * static_cast<int64_t>(sizeof(Element)));
-    const int64_t strips = ceil_divide(tiles_, fit < 32 ? 32 : smaller(fit, STRIP));
+    int64_t strips = ceil_divide(tiles_, fit < 32 ? 32 : smaller(fit, STRIP));
+    alone_ = strips >= args.threads;
+    if (alone_) strips = ceil_divide(strips, args.threads) * args.threads;
     rows_ = ceil_divide(tiles_, strips);
     v_apart_ = rows_ * row_ + APART;
     m_apart_ = rows_ * COLUMNS + APART;
   }
 
   int64_t scratch() const {
-    return bytes<Element>(FREQUENCIES * v_apart_) + bytes<Element>(args_.channels + LANES) +
+    return bytes<Element>(args_.channels + LANES) +
+           (alone_ ? args_.threads : 1) * bytes<Element>(FREQUENCIES * v_apart_) +
            args_.threads * (bytes<Element>(FREQUENCIES * U_APART) + bytes<float>(FREQUENCIES * m_apart_));
   }
 
   void run() {
     char* at = static_cast<char*>(args_.scratch);
-    v_ = take<Element>(at, FREQUENCIES * v_apart_);
     Element* zeros = take<Element>(at, args_.channels + LANES);
     std::memset(zeros, 0, (args_.channels + LANES) * sizeof(Element));
     zeros_ = zeros;
-    char* const own = at;
-    const int64_t share = bytes<Element>(FREQUENCIES * U_APART) + bytes<float>(FREQUENCIES * m_apart_);
+    const int64_t v = bytes<Element>(FREQUENCIES * v_apart_);
+    const int64_t um = bytes<Element>(FREQUENCIES * U_APART) + bytes<float>(FREQUENCIES * m_apart_);
     parallel_stages(args_.threads, [&](int64_t thread, int64_t team, const auto& wait) {
-      char* mine = own + thread * share;
-      Element* u = take<Element>(mine, FREQUENCIES * U_APART);
-      float* m = take<float>(mine, FREQUENCIES * m_apart_);
-      for (int64_t begin = 0; begin < tiles_; begin += rows_) {
-        const int64_t rows = smaller(rows_, tiles_ - begin);
-        if (begin > 0) wait();
-        const int64_t blocks = ceil_divide(args_.outputs, COLUMNS), parts = row_parts(blocks, rows, team);
-        const int64_t tasks = blocks * parts, task_end = (thread + 1) * tasks / team;
-        int64_t task = thread * tasks / team, r = thread * rows / team;
-        const int64_t r_end = (thread + 1) * rows / team;
-        Fetch fetch(*this, task / parts * COLUMNS, 0, task < task_end ? r_end - r : 0);
-        for (; r < r_end; ++r, fetch.some()) transform_input(begin + r, r);
-        wait();
-        for (; task < task_end; ++task) {
-          const int64_t part = task % parts, first = part * rows / parts, last = (part + 1) * rows / parts;
-          const int64_t next = task + 1 < task_end ? (task + 1) / parts * COLUMNS : args_.outputs;
-          multiply(begin, first, last - first, task / parts * COLUMNS, next, u, m);
-        }
+      Winograd own = *this;
+      char* mine = at + thread * um;
+      own.u_ = take<Element>(mine, FREQUENCIES * U_APART);
+      own.m_ = take<float>(mine, FREQUENCIES * m_apart_);
+      own.v_ = reinterpret_cast<Element*>(at + args_.threads * um + (alone_ ? thread * v : 0));
+      if (alone_) {
+        for (int64_t first = thread * rows_; first < tiles_; first += team * rows_) own.strip(first, 0, 1, [] {});
+      } else {
+        for (int64_t first = 0; first < tiles_; first += rows_) own.strip(first, thread, team, wait);
       }
     });
   }
@@ -99,6 +92,25 @@ class Winograd {
   Place place(int64_t tile) const {
     const int64_t row = tile / across_;
     return {row / down_, row % down_ * OUT, tile % across_ * OUT};
+  }
+
+  // The results of the tiles from `begin` on, this being one of `team` threads.
+  template <class Wait>
+  void strip(int64_t begin, int64_t thread, int64_t team, const Wait& wait) const {
+    const int64_t rows = smaller(rows_, tiles_ - begin);
+    const int64_t blocks = ceil_divide(args_.outputs, COLUMNS), parts = row_parts(blocks, rows, team);
+    const int64_t tasks = blocks * parts, task_end = (thread + 1) * tasks / team;
+    const int64_t r_end = (thread + 1) * rows / team;
+    int64_t task = thread * tasks / team, r = thread * rows / team;
+    Fetch fetch(*this, task / parts * COLUMNS, 0, task < task_end ? r_end - r : 0);
+    if (begin > 0) wait();
+    for (; r < r_end; ++r, fetch.some()) transform_input(begin + r, r);
+    wait();
+    for (; task < task_end; ++task) {
+      const int64_t part = task % parts, first = part * rows / parts, last = (part + 1) * rows / parts;
+      const int64_t next = task + 1 < task_end ? (task + 1) / parts * COLUMNS : args_.outputs;
+      multiply(begin, first, last - first, task / parts * COLUMNS, next);
+    }
   }
 
   void transform_input(int64_t tile, int64_t r) const {
@@ -185,67 +197,52 @@ class Winograd {
 
   // Results of `rows` tiles from row `first` of the strip on, for the block of outputs at `column`; `next`: the column
   // of the block after it.
-  void multiply(int64_t strip, int64_t first, int64_t rows, int64_t column, int64_t next, Element* u, float* m) const {
+  void multiply(int64_t strip, int64_t first, int64_t rows, int64_t column, int64_t next) const {
     for (int64_t c = 0; c < depth_; c += Product::DEPTH) {
       const int64_t depth = smaller(Product::DEPTH, depth_ - c);
-      transform_weight(column, c, depth, u);
+      transform_weight(column, c, depth);
       const bool last = c + depth == depth_;
       Fetch fetch(*this, last ? next : column, last ? 0 : c + depth, FREQUENCIES * ceil_divide(rows, Product::ROWS));
       for (int f = 0; f < FREQUENCIES; ++f) {
         const Element* v = v_ + f * v_apart_ + first * row_ + c;
         for (int64_t r = 0; r < rows; r += Product::ROWS, fetch.some()) {
-          Product::multiply(v + r * row_, row_, smaller(Product::ROWS, rows - r), u + f * U_APART, depth,
-                            m + f * m_apart_ + r * COLUMNS, c == 0);
+          Product::multiply(v + r * row_, row_, smaller(Product::ROWS, rows - r), u_ + f * U_APART, depth,
+                            m_ + f * m_apart_ + r * COLUMNS, c == 0);
         }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t o = 0; o < COLUMNS && column + o < args_.outputs; o += LANES) {
-        transform_output(place(strip + first + r), column + o, m + r * COLUMNS + o);
+        transform_output(place(strip + first + r), column + o, m_ + r * COLUMNS + o);
       }
     }
   }
 
-  // u[frequency][channel / PAIR][column][channel % PAIR]; zero for channels and outputs that there are not.
-  void transform_weight(int64_t column, int64_t channel, int64_t depth, Element* u) const {
-    constexpr int PAIR = Product::PAIR;
-    const Element* from = panel(column);
-    for (int64_t c = 0; c < depth; c += PAIR) {
+  // u[frequency][channel][column] of `depth` channels; zero for channels and outputs that there are not.
+  void transform_weight(int64_t column, int64_t channel, int64_t depth) const {
+    for (int64_t c = 0; c < depth; ++c) {
+      const Element* from = channel + c < args_.channels ? panel(column) + (channel + c) * PACKED_OUTPUTS : nullptr;
       for (int64_t o = 0; o < COLUMNS; o += LANES) {
-        Floats half[PAIR][SIZE][3];
-#pragma GCC unroll 2
-        for (int p = 0; p < PAIR; ++p) filter_columns(from + o, channel + c + p, half[p]);
-        Element* to = u + (c * COLUMNS + o * PAIR);
+        Floats half[SIZE][3];
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) {
+          Floats g[3] = {}, result[SIZE];
+#pragma GCC unroll 3
+          for (int i = 0; i < 3; ++i) {
+            if (from) g[i] = Product::load(from + (i * 3 + j) * args_.channels * PACKED_OUTPUTS + o);
+          }
+          Filter::weight(g, result);
+#pragma GCC unroll 6
+          for (int i = 0; i < SIZE; ++i) half[i][j] = result[i];
+        }
 #pragma GCC unroll 6
         for (int i = 0; i < SIZE; ++i) {
-          Floats row[PAIR][SIZE];
-#pragma GCC unroll 2
-          for (int p = 0; p < PAIR; ++p) Filter::weight(half[p][i], row[p]);
+          Floats u[SIZE];
+          Filter::weight(half[i], u);
 #pragma GCC unroll 6
-          for (int j = 0; j < SIZE; ++j) {
-            Floats pair[PAIR];
-#pragma GCC unroll 2
-            for (int p = 0; p < PAIR; ++p) pair[p] = row[p][j];
-            Product::store_weight(to + (i * SIZE + j) * U_APART, pair);
-          }
+          for (int j = 0; j < SIZE; ++j) Product::store(u_ + (i * SIZE + j) * U_APART + c * COLUMNS + o, u[j]);
         }
       }
-    }
-  }
-
-  void filter_columns(const Element* from, int64_t channel, Floats (&half)[SIZE][3]) const {
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-      Floats g[3] = {}, column[SIZE];
-      if (channel < args_.channels) {
-#pragma GCC unroll 3
-        for (int i = 0; i < 3; ++i) {
-          g[i] = Product::load(from + ((i * 3 + j) * args_.channels + channel) * PACKED_OUTPUTS);
-        }
-      }
-      Filter::weight(g, column);
-#pragma GCC unroll 6
-      for (int i = 0; i < SIZE; ++i) half[i][j] = column[i];
     }
   }
 
@@ -302,7 +299,9 @@ class Winograd {
   int64_t down_, across_, tiles_;
   int64_t depth_, row_, rows_;  // channels with zeros to a multiple of 16; distance of rows; tiles of a strip
   int64_t v_apart_, m_apart_;   // distances of frequencies
-  Element* v_ = nullptr;
+  bool alone_;                  // each thread has strips of its own
+  Element *v_ = nullptr, *u_ = nullptr;
+  float* m_ = nullptr;
   const Element* zeros_ = nullptr;
 };
 

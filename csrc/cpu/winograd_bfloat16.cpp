@@ -1,5 +1,4 @@
 #include "bfloat16_dot.h"
-
 #include "bfloat16_products.h"
 #include "convert.h"
 #include "winograd_packed.h"

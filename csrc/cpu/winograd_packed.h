@@ -31,7 +31,7 @@ class WinogradPacked : Winograd<Product, 2> {
   using Base = Winograd<Product, 2>;
   using Element = typename Product::Element;
   using Base::args_, Base::tiles_, Base::depth_, Base::row_, Base::rows_, Base::v_apart_, Base::m_apart_, Base::v_,
-      Base::zeros_;
+      Base::m_, Base::zeros_, Base::alone_;
   static constexpr int COLUMNS = Product::COLUMNS;
   static constexpr int64_t ALONE = 96;  // tiles of a thread from which on it does not share them
 
@@ -50,7 +50,8 @@ class WinogradPacked : Winograd<Product, 2> {
   }
 
   int64_t scratch() const {
-    return Base::template bytes<Element>(args_.channels + LANES) + args_.threads * Base::template bytes<float>(16 * m_apart_) +
+    return Base::template bytes<Element>(args_.channels + LANES) +
+           args_.threads * Base::template bytes<float>(16 * m_apart_) +
            (alone_ ? args_.threads : 1) * Base::template bytes<Element>(16 * v_apart_);
   }
 
@@ -107,9 +108,7 @@ class WinogradPacked : Winograd<Product, 2> {
   }
 
   Frequencies frequencies_;
-  bool alone_;
   int64_t blocks_, strips_;
-  float* m_ = nullptr;
 };
 
 }  // namespace

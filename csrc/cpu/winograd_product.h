@@ -10,23 +10,19 @@ namespace {
 // What winograd.h asks of an element: how it is read and written, how transformed weights lie, and the product.
 struct WinogradFloat {
   using Element = float;                            // of maps, transformed maps and weights
-  static constexpr int PAIR = 1;                    // channels whose weights lie side by side for each output
   static constexpr int COLUMNS = 32;                // outputs of a block of transformed weights
   static constexpr int ROWS = LANES == 16 ? 6 : 3;  // tiles that are multiplied at once
   static constexpr int64_t DEPTH = 128;             // channels of a block at most, a multiple of 16
   static constexpr int64_t SUM = 16;                // products summed before they are added to the others
-  static constexpr int64_t STRIP = 128;             // tiles of a strip at most
+  static constexpr int64_t STRIP = 96;              // tiles of a strip at most
   static constexpr int64_t STRIP_BYTES = 8 << 20;   // of transformed input, where that leaves 32 tiles
 
   // LANES values.
   static Floats load(const float* from) { return get(from); }
   static void store(float* to, Floats x) { put(to, x); }
 
-  // to[lane][p] = u[p][lane]: LANES outputs of PAIR channels.
-  static void store_weight(float* to, const Floats (&u)[PAIR]) { put(to, u[0]); }
-
-  // m[r][column] (first ? = : +=) sum over t of v[r * stride + t] * u[t / PAIR][column][t % PAIR], r < rows,
-  // t < depth, column < COLUMNS; m is dense, depth a multiple of 16. Sums of SUM products keep the rounding error low.
+  // m[r][column] (first ? = : +=) sum over t of v[r * stride + t] * u[t][column], r < rows, t < depth, column <
+  // COLUMNS; m is dense, depth a multiple of 16. Sums of SUM products keep the rounding error low.
   static void multiply(const float* v, int64_t stride, int64_t rows, const float* u, int64_t depth, float* m,
                        bool first) {
     for (int column = 0; column < COLUMNS; column += 2 * LANES) {

@@ -78,13 +78,11 @@ class Packed:
         """Whether it has this layout, in which it serves every shape."""
         return layout in self._state[1]
 
-    def takes_pairs(self, x: Tensor, weights: Sequence[Tensor], rows: int) -> bool:
-        """Whether ours are the products of `rows` rows of x. A weight stays in the layout that it was given first."""
-        if x.dtype != torch.bfloat16 or weights[0].shape[1] % 2 or not _has_products():
+    def takes_pairs(self, x: Tensor, channels: int, products: int) -> bool:
+        """Whether ours are these products of x. A weight stays in the layout that it was given first."""
+        if x.dtype != torch.bfloat16 or channels % 2 or not _has_products():
             return False
-        if self._state[0] is not None:
-            return self.lies(_PAIRED)
-        return rows * sum(weight.numel() for weight in weights) <= _MOST_PRODUCTS
+        return products <= _MOST_PRODUCTS if self._state[0] is None else self.lies(_PAIRED)
 
     @property
     def nbytes(self) -> int:
@@ -158,9 +156,9 @@ def _convolve(
         packed = held.at(_FILTERED, lambda: extension.pack_winograd_bfloat16(make().detach(), doubled))
         rounded: Tensor = extension.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
         return rounded
-    if held.takes_pairs(x, (weight,), x.shape[0] * x.shape[2] * x.shape[3] // (stride[0] * stride[1])):
+    outputs = len(weight) * (4 if geometry is _PHASES else 1)
+    if held.takes_pairs(x, x.shape[1], x.numel() * outputs * taps[0] * taps[1] // (stride[0] * stride[1])):
         packed = held.at(_PAIRED, lambda: extension.pack_bfloat16(make().detach()))
-        outputs = len(weight) * (4 if geometry is _PHASES else 1)
         product: Tensor = extension.convolve_bfloat16(x, packed, bias, addend, outputs, taps, stride, padding)
         return product
     shape = tuple(x.shape)
@@ -215,23 +213,34 @@ def products(leaves: Sequence[nn.Module], x: Tensor, packs: Packs, *, addend: Te
         bias = packs.get("bias", biases, lambda: torch.cat(biases))  # type: ignore[arg-type]
     held: Packed = packs.get("linear", weights, Packed)  # type: ignore[arg-type]
     extension = _extension()
+    outputs = sum(map(len, weights))  # type: ignore[arg-type]
     if x.dtype == torch.float32 and extension is not None:
         packed = held.at(None, lambda: extension.pack_weight(_joined(weights)))  # type: ignore[arg-type]
-        outputs = sum(map(len, weights))  # type: ignore[arg-type]
-        if addend is None:
-            y: Tensor = extension.multiply(x, packed, bias, outputs)
-            return y
-        y = extension.conv_packed(_as_map(x), packed, bias, _as_map(addend), outputs, (1, 1), (1, 1), (0, 0))
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], outputs)
+        return _product(extension.multiply, extension.conv_packed, x, packed, bias, outputs, addend)
     rows = x.numel() // x.shape[-1]
-    if held.takes_pairs(x, weights, rows):  # type: ignore[arg-type]
+    if held.takes_pairs(x, x.shape[-1], x.numel() * outputs):
         packed = held.at(_PAIRED, lambda: extension.pack_bfloat16(_joined(weights)))  # type: ignore[arg-type]
-        product: Tensor = extension.multiply_bfloat16(x, packed, bias, sum(map(len, weights)))  # type: ignore[arg-type]
-        return product
+        return _product(extension.multiply_bfloat16, extension.convolve_bfloat16, x, packed, bias, outputs, addend)
     packed = held.at(rows, lambda: torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))  # type: ignore
     if addend is None:
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(x, addend.contiguous(), packed, bias, "add")
+
+
+def _product(
+    multiply: Callable[..., Tensor],
+    convolution: Callable[..., Tensor],
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    addend: Tensor | None,
+) -> Tensor:
+    """The product, or with an addend the 1x1 convolution that it is."""
+    if addend is None:
+        return multiply(x, packed, bias, outputs)
+    y = convolution(_as_map(x), packed, bias, _as_map(addend), outputs, (1, 1), (1, 1), (0, 0))
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], outputs)
 
 
 def _as_map(tokens: Tensor) -> Tensor:

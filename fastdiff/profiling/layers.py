@@ -8,7 +8,7 @@ the layer reads or writes, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = ["Event", "Layer", "layer"]
 _SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2}
 """Bytes of an element by the profiler's name of its dtype; what is not here has one."""
 
+_CONVOLUTIONS, _INNER = ("aten::conv2d", "fastdiff::convolve", "fastdiff::convolve_both"), "aten::convolution"
 _COPIES = ("aten::copy_", "aten::clone")
 
 
@@ -36,6 +37,9 @@ class Event:
     @classmethod
     def of(cls, event: Any) -> Event:
         """From `torch.profiler`, which must have recorded shapes."""
+        if event.name in _CONVOLUTIONS and event.concrete_inputs[4] is None:
+            # A padding in words is not recorded; what is called inside has it in numbers.
+            event = next(each for each in _inside(event) if each.name == _INNER)
         shapes = [tuple(shape) for shape in event.input_shapes]
         sizes = [_SIZES.get(name, 1) for name in event.input_dtypes]
         return cls(event.name, shapes, event.concrete_inputs, sizes, _copies(event))
@@ -71,7 +75,8 @@ def layer(event: Event) -> Layer:
 def _convolution(event: Event) -> Layer:
     x, weight = event.shapes[:2]
     stride, padding, dilation = (_both(value) for value in event.others[3:6])
-    return _convolved(event, _size(x[2:], weight[2:], stride, padding, dilation), stride, int(event.others[6]))
+    groups = event.others[8 if event.name == _INNER else 6]
+    return _convolved(event, _size(x[2:], weight[2:], stride, padding, dilation), stride, groups)
 
 
 def _added(event: Event) -> Layer:
@@ -165,7 +170,7 @@ def _pointwise(event: Event) -> Layer:
 
 
 _FORMULAS: dict[str, Callable[[Event], Layer]] = {
-    **dict.fromkeys(("aten::conv2d", "fastdiff::convolve", "fastdiff::convolve_both"), _convolution),
+    **dict.fromkeys((*_CONVOLUTIONS, _INNER), _convolution),
     "fastdiff::conv_bias_residual": _added,
     "fastdiff::convolve_doubled": _doubled,
     "fastdiff::upsample_conv": _upsampled,
@@ -191,7 +196,14 @@ def _looks(name: str) -> bool:
 
 
 def _copies(event: Any) -> bool:
-    return event.name in _COPIES or any(_copies(child) for child in event.cpu_children)
+    return event.name in _COPIES or any(each.name in _COPIES for each in _inside(event))
+
+
+def _inside(event: Any) -> Iterator[Any]:
+    """All events that happened in that one."""
+    for child in event.cpu_children:
+        yield child
+        yield from _inside(child)
 
 
 def _short(name: str) -> str:

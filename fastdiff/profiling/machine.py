@@ -14,7 +14,7 @@ from fastdiff.models.rewrites import Rewrites
 
 __all__ = ["Machine"]
 
-_SIZES = (512, 1024, 2048)
+_SIZES, _LONGEST = (512, 1024, 2048), 0.5
 _LARGEST = 2**28
 
 
@@ -29,7 +29,13 @@ class Machine:
         self.threads = torch.get_num_threads()
 
     def flops(self, dtype: torch.dtype) -> float:
-        return max(_product(dtype, n, self.threads) for n in _SIZES)
+        rates: list[float] = []
+        for n in _SIZES:
+            # Where a dtype has no fast products, large ones take too long.
+            if rates and 2 * n**3 / rates[-1] > _LONGEST:
+                break
+            rates.append(_product(dtype, n, self.threads))
+        return max(rates)
 
     def copying(self, size: int) -> float:
         """Measured at the next power of two, at most 256 MiB."""

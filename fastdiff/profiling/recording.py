@@ -19,8 +19,8 @@ from fastdiff.models import prepacked
 __all__ = ["EVENTS", "packed_products_recorded"]
 
 
-def _convolve(conv: Any, x: Tensor, packs: Any, **more: Any) -> tuple[Any, ...]:
-    return () if packs is None else (*_convolution(conv, x), more.get("addend"))
+def _convolve(conv: Any, x: Tensor, *_: Any, **more: Any) -> tuple[Any, ...]:
+    return (*_convolution(conv, x), more.get("addend"))
 
 
 def _convolve_doubled(conv: Any, x: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ EVENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "convolve_both": _convolve_both,
     "products": _products,
 }
-"""By the function's name, the inputs of its event, made of its arguments; empty where PyTorch's operators show it."""
+"""By the function's name, the inputs of its event, made of its arguments."""
 
 
 @contextmanager
@@ -80,10 +80,7 @@ def _recorded(name: str, function: Callable[..., Tensor]) -> Callable[..., Tenso
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        described = inputs(*args, **kwargs)
-        if not described:
-            return function(*args, **kwargs)
-        with _RecordFunctionFast(f"fastdiff::{name}", described, {}):
+        with _RecordFunctionFast(f"fastdiff::{name}", inputs(*args, **kwargs), {}):
             return function(*args, **kwargs)
 
     return call

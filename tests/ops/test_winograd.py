@@ -51,7 +51,7 @@ SHAPES = [
 """The last has more tiles than a strip; several more channels than a block of weights."""
 
 
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"], autouse=True)
+@pytest.fixture(params=[1, 2, 4], ids=["1-thread", "2-threads", "4-threads"], autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -112,14 +112,14 @@ def test_native_equals_the_truth_for_few_channels(channels: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_native_and_truth_stay_apart_by_the_same_however_many_the_channels(size: int) -> None:
-    """Sums in parts: the error of all of them in a row would grow eightfold from 32 channels to 2048."""
+    """Sums of 16: with sums of 128 the error would more than double from 32 channels to 2048."""
     errors = []
     for channels in (32, 2048):
         shape = Shape(1, channels, 32, 8, 8)
         x, weight, _ = inputs(shape)
         truth = F.conv2d(x.double(), weight.double(), padding=1)
         errors.append(relative_error(run(x, weight, None, None, shape, size), truth))
-    assert errors[1] < 2 * errors[0]
+    assert errors[1] < 1.8 * errors[0]
 
 
 def test_a_weight_of_another_size_is_refused() -> None:
