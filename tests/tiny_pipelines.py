@@ -5,11 +5,13 @@ Text encoders and tokenizers are left out, as the pipelines allow: prompts are g
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -188,3 +190,23 @@ def draw(kind: str, pipe: Any, steps: int, **arguments: Any) -> tuple[Any, list[
         return pipe(num_inference_steps=steps, **given).images, seen
     finally:
         handle.remove()
+
+
+def conditional(**changes: Any) -> nn.Module:
+    """The text's network, with other settings."""
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(**{**CROSS, **changes}).eval()
+
+
+def parts(network: nn.Module | None = None, **more: Any) -> dict[str, Any]:
+    """What a pipeline of latents is made of, nothing of it shared with another one."""
+    network = copy.deepcopy(unet()) if network is None else network
+    return {"vae": copy.deepcopy(vae()), "unet": network, "scheduler": diffusers.DDIMScheduler(), **more}
+
+
+def images(pipe: Any, **arguments: Any) -> np.ndarray:
+    """What a run of a few steps gives: pictures, frames, sound or embeddings."""
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(1)
+    given = {"generator": torch.Generator().manual_seed(2), "num_inference_steps": 3, "output_type": "np", **arguments}
+    return np.asarray(pipe(**given)[0])

@@ -27,6 +27,7 @@ class AddedAttention(PackedAttention):
         self, channels: int, *, head_dim: int, groups: int, text_channels: int, only_text: bool, text_norm: str | None
     ) -> None:
         super().__init__(channels, heads=channels // head_dim, head_dim=head_dim, bias=True)
+        self.fits_pixels = False
         inner = self.heads * head_dim
         self.group_norm = GroupNormSiLU(groups, channels, silu=False)
         if text_norm == "group_norm":

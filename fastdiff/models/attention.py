@@ -43,6 +43,7 @@ class PackedAttention(Attention):
         self, channels: int, *, heads: int, head_dim: int, context_channels: int | None = None, bias: bool = False
     ) -> None:
         super().__init__(channels, heads=heads, head_dim=head_dim, context_channels=context_channels, bias=bias)
+        self.fits_pixels = context_channels in (None, channels)
         self.norm_cross: nn.Module | None = None
         self.text = Cache(size=PROMPTS)
 

@@ -13,7 +13,7 @@ from fastdiff.ops import networks
 
 
 class Left(Exception):
-    """This call is the library's own. `reason` says why; None where the library says so itself, or need not."""
+    """This call is the library's own. `reason` says why; None where that need not be said."""
 
     def __init__(self, reason: str | None) -> None:
         super().__init__(reason)
@@ -45,6 +45,12 @@ def check(condition: bool) -> None:
     """Leaves a call to the library, to take or to refuse it in its own words, where the condition does not hold."""
     if not condition:
         raise Left(None)
+
+
+def takes(condition: bool) -> None:
+    """The same for a whole network, of which the report tells that the library has taken what ours would not."""
+    if not condition:
+        raise Left("it was called with arguments that fastdiff's network does not take")
 
 
 def refuse(**arguments: Any) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.models import arena
-from fastdiff.models.calls import Call, Left, check, note
+from fastdiff.models.calls import Call, Left, check, note, takes
 from fastdiff.models.convert import CONVERTERS, Converter, converter
 from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
@@ -147,7 +147,7 @@ class Conversion:
             raise Left("autocast is on")
         run = self._kind(module).call
         assert run is not None
-        check(_takes(run, args, kwargs))
+        takes(_takes(run, args, kwargs))
         return run(shared.network, module, *args, **kwargs)
 
     def told(self, reason: str) -> None:
@@ -215,8 +215,11 @@ class Entry(Forward):
         try:
             return self._conversion.call(args, kwargs)
         except Left as left:
-            self._conversion.leave(left.reason)
-        return self.original(*args, **kwargs)
+            reason = left.reason
+        result = self.original(*args, **kwargs)
+        # Of what the library has refused it has told itself.
+        self._conversion.leave(reason)
+        return result
 
     def undo(self) -> None:
         self._conversion.end()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models.autoencoder import Decoder, Encoder, complete
-from fastdiff.models.calls import Call, check, output, plain_kwargs, refuse
+from fastdiff.models.calls import Call, output, plain_kwargs, refuse, takes
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.dit import DiT
 from fastdiff.models.unet import UNet
@@ -39,13 +39,13 @@ class Converter:
 
 
 def _encode(network: Encoder, module: Any, sample: Tensor) -> Tensor:
-    check(sample.dim() == 4 and sample.shape[1] == network.in_channels)
+    takes(sample.dim() == 4 and sample.shape[1] == network.in_channels)
     return network(sample)
 
 
 def _decode(network: Decoder, module: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
     refuse(latent_embeds=latent_embeds)
-    check(sample.dim() == 4 and sample.shape[1] == network.in_channels)
+    takes(sample.dim() == 4 and sample.shape[1] == network.in_channels)
     return network(sample)
 
 
@@ -59,12 +59,12 @@ def _transformer(
     return_dict: bool = True,
 ) -> Any:
     plain_kwargs("cross_attention_kwargs", cross_attention_kwargs)
-    check(hidden_states.dim() == 4 and hidden_states.shape[1] == network.config["in_channels"])
+    takes(hidden_states.dim() == 4 and hidden_states.shape[1] == network.config["in_channels"])
     count, sides = len(hidden_states), [size // network.patch for size in hidden_states.shape[2:]]
     # The library gives every picture back as a square.
-    check(sides[0] == sides[1] > 0)
-    check(isinstance(timestep, Tensor) and timestep.dim() == 1 and len(timestep) in (1, count))
-    check(isinstance(class_labels, Tensor) and class_labels.shape == (count,) and class_labels.dtype == torch.int64)
+    takes(sides[0] == sides[1] > 0)
+    takes(isinstance(timestep, Tensor) and timestep.dim() == 1 and len(timestep) in (1, count))
+    takes(isinstance(class_labels, Tensor) and class_labels.shape == (count,) and class_labels.dtype == torch.int64)
     assert timestep is not None
     assert class_labels is not None
     result = network(hidden_states, timestep, class_labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.attention import PackedAttention
 from fastdiff.models.blocks import ResnetSettings
 from fastdiff.models.conditions import ADDED, HINT_CHANNELS, TextTime, added_embedding, token_projection
 from fastdiff.models.config import CONDITIONAL
@@ -91,16 +92,24 @@ class Trunk(nn.Module):
         return channels - hinted
 
     def takes_text(self) -> bool:
-        """Whether a call needs encoder_hidden_states."""
+        """Whether a call takes encoder_hidden_states."""
         pictures = self._c.encoder_hid_dim_type == "image_proj" and self.config["_class_name"] == CONDITIONAL
         return (self._c.crossed and not pictures) or self._c.addition_embed_type == "text"
+
+    @cached_property
+    def needs_text(self) -> bool:
+        """Whether it needs them: what looks at a text looks at the pixels without one, if it takes their channels."""
+        attentions = (module for module in self.modules() if isinstance(module, PackedAttention))
+        free = self._c.addition_embed_type != "text" and self._c.encoder_hid_dim_type is None
+        return self.takes_text() and not (free and all(each.fits_pixels for each in attentions))
 
     def _check_input(self, sample: Tensor, timestep: Tensor | float | int, tokens: Tensor | None) -> Tensor:
         """The times (N,), after the checks that need no look at the data."""
         name, channels = type(self).__name__, self.sample_channels()
         if sample.dim() != 4 or sample.shape[1] != channels:
             raise InputError(f"{name}: sample has shape {tuple(sample.shape)}; expected (N, {channels}, H, W)")
-        if self.takes_text() and (tokens is None or tokens.dim() != 3 or len(tokens) != len(sample)):
+        wrong = self.needs_text if tokens is None else tokens.dim() != 3 or len(tokens) != len(sample)
+        if wrong and self.takes_text():
             got = None if tokens is None else tuple(tokens.shape)
             raise InputError(f"{name}: encoder_hidden_states is {got}; this network needs ({len(sample)}, S, channels)")
         t = torch.as_tensor(timestep, device=sample.device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.calls import Left, check, output, plain_kwargs
+from fastdiff.models.calls import Left, output, plain_kwargs, takes
 from fastdiff.models.conditions import ADDED
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.stages import stored_maps
@@ -29,7 +29,7 @@ def plain_unet(
     if not isinstance(timestep, Tensor):
         # The library takes a number's whole part.
         timestep = torch.tensor(timestep, dtype=torch.long, device=sample.device)
-    check(_fits(network, sample, timestep) and (class_labels is None) == (network.class_embedding is None))
+    takes(_fits(network, sample, timestep) and (class_labels is None) == (network.class_embedding is None))
     return output(module, "UNet2DOutput", network(sample, timestep, class_labels=class_labels), return_dict)
 
 
@@ -62,16 +62,17 @@ def conditional_unet(
         raise Left("encoder_hidden_states is a tuple")
     if within is not None:
         # Other blocks with cross-attention have no place for them.
-        check(not any("CrossAttn" in kind and kind != "CrossAttnDownBlock2D" for kind in config["down_block_types"]))
+        takes(not any("CrossAttn" in kind and kind != "CrossAttnDownBlock2D" for kind in config["down_block_types"]))
     # Without class embeddings the library takes no notice of labels.
     class_labels = None if network.class_embedding is None else class_labels
-    check(
+    takes(
         _fits(network, sample, timestep)
         and _has_text(network, encoder_hidden_states, added_cond_kwargs, count)
         and (class_labels is None) == (network.class_embedding is None)
         and (timestep_cond is None or config["time_cond_proj_dim"] is not None)
         and (residuals is None or len(residuals) == _stored_maps(network))
         and all(mask is None or mask.dim() in (2, 3) for mask in (attention_mask, encoder_attention_mask))
+        and (encoder_attention_mask is None or encoder_hidden_states is not None or not network.takes_text())
     )
     added = _added(config["addition_embed_type"], encoder_hidden_states, added_cond_kwargs, count)
     for fuser, original in _fusers(network, module):
@@ -111,10 +112,10 @@ def controlnet(
     return_dict: bool = True,
 ) -> Any:
     scale, _ = _attention_kwargs(cross_attention_kwargs, gated=False)
-    check(timestep_cond is None and network.fits(controlnet_cond, sample))
+    takes(timestep_cond is None and network.fits(controlnet_cond, sample))
     # Without class embeddings the library takes no notice of labels.
     class_labels = None if network.class_embedding is None else class_labels
-    check(
+    takes(
         _fits(network, sample, timestep)
         and isinstance(encoder_hidden_states, Tensor)
         and len(encoder_hidden_states) == len(sample)
@@ -192,7 +193,7 @@ def _has_text(network: UNet, text: Any, added: Mapping[str, Tensor] | None, coun
             return False
         text = images if kind == "image_proj" and network.config["addition_embed_type"] != "text" else text
     if text is None:
-        return not network.takes_text()
+        return not network.needs_text
     return isinstance(text, Tensor) and len(text) == count
 
 
@@ -203,9 +204,9 @@ def _added(
     added = dict(given or {})
     if kind == "text_image":
         added.setdefault("text_embeds", text)  # type: ignore[arg-type]
-        check(isinstance(added["text_embeds"], Tensor) and added["text_embeds"].dim() == 2)
+        takes(isinstance(added["text_embeds"], Tensor) and added["text_embeds"].dim() == 2)
     for name in ADDED[kind]:
-        check(isinstance(added.get(name), Tensor) and len(added[name]) == count)
+        takes(isinstance(added.get(name), Tensor) and len(added[name]) == count)
     return added
 
 

@@ -14,7 +14,6 @@ import torch
 from drop_in import relative
 from tiny_pipelines import (
     BLOCKS,
-    CROSS,
     IMAGE,
     MASK,
     NO_SAFETY,
@@ -27,14 +26,15 @@ from tiny_pipelines import (
     SIDE,
     WIDTH,
     XL,
+    conditional,
     controlnet,
+    images,
     make,
+    parts,
     random,
     unet,
     unet_xl,
-    vae,
 )
-from torch import nn
 
 import fastdiff
 from fastdiff.models.forward import forward
@@ -43,16 +43,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The configuration file:FutureWar
 SD = {**NO_TEXT, **NO_SAFETY}
 SIZE = {"height": SIDE, "width": SIDE}
 BOTH = {**PROMPT, **POOLED}
-
-
-def conditional(**changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(**{**CROSS, **changes}).eval()
-
-
-def parts(network: nn.Module | None = None, **more: Any) -> dict[str, Any]:
-    network = copy.deepcopy(unet()) if network is None else network
-    return {"vae": copy.deepcopy(vae()), "unet": network, "scheduler": diffusers.DDIMScheduler(), **more}
 
 
 def several_controls() -> Any:
@@ -128,13 +118,6 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str | None]] = {
     "perturbed attention": (perturbed, {**PROMPT, "pag_scale": 2.0}, "PAG"),
     "unconditional": (unconditional, {}, "no network for VQModel"),
 }
-
-
-def images(pipe: Any, **arguments: Any) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(1)
-    given = {"generator": torch.Generator().manual_seed(2), "num_inference_steps": 3, **arguments}
-    return pipe(output_type="np", **given).images
 
 
 def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:

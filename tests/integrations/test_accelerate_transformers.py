@@ -15,6 +15,7 @@ from models.test_controlnet import library as controlnet
 from models.test_dit import CASES as TRANSFORMERS
 from models.test_dit import inputs
 from models.test_dit import library as transformer
+from tiny_pipelines import dit
 from tolerance import assert_close_to_truth
 
 import fastdiff
@@ -58,3 +59,19 @@ def test_a_transformer_in_training_is_the_librarys():
     with pytest.warns(UserWarning, match="training mode"), torch.no_grad():
         network(*inputs("small", torch.float32))
     assert not fastdiff.report().calls
+
+
+def test_the_report_tells_of_what_the_library_alone_takes_but_not_of_what_it_refuses():
+    network = copy.deepcopy(dit())
+    given = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([3])}
+    with torch.no_grad():
+        expected = network(**given, class_labels=torch.tensor([3])).sample
+        fastdiff.accelerate(network, strict=True)
+        fastdiff.report(reset=True)
+        with pytest.raises(RuntimeError):
+            network(**given | {"hidden_states": torch.randn(1, 3, 8, 8)}, class_labels=torch.tensor([3]))
+        assert fastdiff.report().left == {}
+        with pytest.warns(UserWarning, match="arguments that fastdiff's network does not take"):
+            actual = network(**given, class_labels=torch.tensor([3], dtype=torch.int32)).sample
+    assert torch.equal(actual, expected)
+    assert list(fastdiff.report(reset=True).left.values()) == [1]
