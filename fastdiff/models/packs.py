@@ -21,8 +21,8 @@ from fastdiff.ops.torch_library import onednn_dtypes
 __all__ = ["PAIRED", "Known", "Packed", "Packs", "extension", "has_products"]
 
 _MOST_SHAPES = 64
-_LEAST_ROOM = 2**22
-"""Bytes of copies that every network may have."""
+_MARGIN = 2**22
+"""Bytes of copies beyond those of the parameters, since what is laid out is filled up to whole vectors."""
 _UNTRIMMED = 2**21
 """Bytes of copies after whose making the memory that it took goes back to the system."""
 PAIRED = "paired"
@@ -59,7 +59,7 @@ class Packs(Cache):
             return None
         if self._elements is None:
             self._elements = sum(parameter.numel() for parameter in network.parameters())
-        self._room = max(self._elements * x.element_size(), _LEAST_ROOM)
+        self._room = self._elements * x.element_size() + _MARGIN
         return self
 
     def known(

@@ -36,7 +36,7 @@ def test_one_copy_of_the_weights_more_than_the_library(dtype):
 @pytest.fixture
 def network(monkeypatch):
     """Three convolutions, whose parameters are all the room that there is, and a map for each."""
-    monkeypatch.setattr(packs_module, "_LEAST_ROOM", 0)
+    monkeypatch.setattr(packs_module, "_MARGIN", 0)
     torch.manual_seed(0)
     made = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3))).requires_grad_(False)
     made.rewrites = Rewrites()
