@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import COMPILED, DTYPES, NETWORKS
+from benchmarks.cases import DTYPES, FRESH, NETWORKS
 from benchmarks.record import RESULTS
 from fastdiff import profiling
 from fastdiff.cli.info import processor
@@ -23,7 +23,7 @@ from fastdiff.profiling import plot, table
 from fastdiff.profiling.table import Line
 
 STATES = {"diffusers": "diffusers", "before": "fastdiff before", "after": "fastdiff"}
-CASES = tuple((name, shape, dtype) for name, shape in (*COMPILED, *NETWORKS[3:]) for dtype in DTYPES)
+CASES = tuple((name, shape, dtype) for name, shape in (*FRESH, *NETWORKS[3:]) for dtype in DTYPES)
 STEPS, LAYERS = 3, 12
 
 

@@ -27,7 +27,7 @@ examples:
   fastdiff bench --quick
   fastdiff bench --filter sampler_step
   fastdiff bench --filter network/,rewrite/    accelerated networks, and what each rewrite gains
-  fastdiff bench --filter network/,first_call/,compiled/cifar/4    the networks against all others: 12 minutes
+  fastdiff bench --filter network/,first_call/    the networks against all others: 10 minutes
   fastdiff bench --filter compiled/            every network against torch.compile: a minute of compiling for each
   fastdiff bench --filter group_norm_silu --compare benchmarks/results/earlier.csv
   python -m benchmarks.table --readme       makes the README's table anew

@@ -117,7 +117,7 @@ def test_packed_products_are_the_layers_that_they_stand_for(dtype: torch.dtype):
         torch.randn(2, 3, 12).to(dtype),
         Packs(),
     )
-    ready = packs.ready(x, Rewrites())
+    ready = packs.ready(x, Rewrites(), conv)
     assert ready is not None
     addend = torch.randn(2, 8, 4, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
 

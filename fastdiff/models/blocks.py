@@ -178,7 +178,10 @@ class Downsample(nn.Module):
 
     def forward(self, x: Map, context: Context) -> Tensor:
         x = total(x)
-        return convolve(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)), context.packs)
+        if not self.padding:
+            # F.pad gives a single sample another layout.
+            x = F.pad(x, (0, 1, 0, 1)).contiguous(memory_format=memory_format(x))
+        return convolve(self.conv, x, context.packs)
 
 
 class Upsample(nn.Module):

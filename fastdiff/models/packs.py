@@ -21,7 +21,7 @@ from fastdiff.ops.torch_library import onednn_dtypes
 __all__ = ["PAIRED", "Known", "Packed", "Packs", "extension", "has_products"]
 
 _MOST_SHAPES = 64
-_MARGIN = 2**22
+_MARGIN = 2**20
 """Bytes of copies beyond those of the parameters, since what is laid out is filled up to whole vectors."""
 _UNTRIMMED = 2**21
 """Bytes of copies after whose making the memory that it took goes back to the system."""

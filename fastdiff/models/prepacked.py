@@ -15,6 +15,8 @@ from fastdiff.ops import fold_upsample
 
 __all__ = ["apply", "convolve", "convolve_both", "convolve_doubled", "doubles", "products", "takes"]
 
+_FOLDED = 16
+"""Outputs whose weights are folded at a time."""
 _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
 """Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""
 
@@ -45,9 +47,15 @@ def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) ->
     own_bias = None
     if bias and conv.bias is not None:
         own_bias = packs.kept(known, "four biases", (conv.bias,), lambda: cast(Tensor, conv.bias).detach().repeat(4))
-    phases = _convolve(conv.weight, own_bias, lambda: fold_upsample(conv.weight), x, _PHASES, packs, known)
+    phases = _convolve(conv.weight, own_bias, lambda: _folded(conv.weight), x, _PHASES, packs, known)
     doubled: Tensor = extension().interleave(phases)
     return doubled
+
+
+def _folded(weight: Tensor) -> Tensor:
+    """`fold_upsample` of some outputs at a time: in float64 all would take eight times the weight's memory."""
+    parts = [fold_upsample(part).unflatten(0, (4, -1)) for part in weight.split(_FOLDED)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def doubles(conv: nn.Conv2d, x: Tensor, packs: Packs | None) -> bool:

@@ -60,10 +60,6 @@ def conv_bias_residual(
     return call(name, (x, weight, bias if bias is None else bias.contiguous(), residual, stride, padding))
 
 
-_FOLDED = 16
-"""Outputs whose weights are folded at a time."""
-
-
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """conv3x3(nearest2x(x)) + bias with zeros around: four 2x2 convolutions of x, one for each pixel of a 2x2 block.
 
@@ -104,12 +100,8 @@ def fold_upsample(weight: Tensor) -> Tensor:
             f"fold_upsample: weight has shape {tuple(weight.shape)}; expected (Cout, Cin, 3, 3), of a convolution of "
             "one group"
         )
-    # Some outputs at a time: in float64 all would take eight times the weight's memory.
-    parts = []
-    for part in weight.split(_FOLDED):
-        phases = [columns for rows in _halves(part.double(), 2) for columns in _halves(rows, 3)]
-        parts.append(torch.stack(phases).to(weight.dtype))
-    return torch.cat(parts, dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    phases = [columns for rows in _halves(weight.double(), 2) for columns in _halves(rows, 3)]
+    return torch.cat(phases).to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:

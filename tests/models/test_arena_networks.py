@@ -69,9 +69,9 @@ def page_faults() -> dict[str, dict[str, tuple[int, int]]]:
 def test_the_steady_state_takes_no_pages(
     kind: str, dtype: str, page_faults: dict[str, dict[str, tuple[int, int]]]
 ) -> None:
-    """Counted by the system. What is new in each call are inputs, results and Python's own objects."""
+    """Counted by the system, without the pages of results. New in each call are inputs and Python's own objects."""
     inside, outside = page_faults[kind][dtype]
-    assert inside < outside / 4, f"{inside} page faults inside the arena, {outside} outside"
+    assert inside < outside / 4, f"{inside} page faults with the arena, {outside} without"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import fastdiff
+from fastdiff.models.blocks import Downsample
 from fastdiff.models.context import Context
-from fastdiff.models.packs import Packs
+from fastdiff.models.packs import Packed, Packs
 from fastdiff.models.prepacked import apply, convolve, takes
 from fastdiff.models.rewrites import Rewrites, names
 
@@ -256,3 +257,16 @@ def test_gradients_flow_where_they_are_asked_for():
 
 def test_a_context_has_none_unless_given():
     assert Context().packs is None
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_map_that_is_padded_at_its_end_stays_channels_last(samples):
+    """Otherwise nothing after it would be multiplied with packed weights."""
+    torch.manual_seed(0)
+    layer = Downsample(8, padding=0).requires_grad_(False)
+    x = torch.randn(samples, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    packs = Packs().ready(x, Rewrites(), layer)
+    y = layer(x, Context(rewrites=Rewrites(), packs=packs))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert sum(value.nbytes for value in packs.others([]) if isinstance(value, Packed)) > 0
+    torch.testing.assert_close(y, layer(x, Context(rewrites=Rewrites.none(), packs=None)), rtol=1e-5, atol=1e-5)
