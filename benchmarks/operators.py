@@ -31,7 +31,9 @@ def group_norm_silu(case: Case, device: torch.device) -> Work:
     dtype, (name, *two) = getattr(torch, case.dtype), case.variant.split("_of_")
     layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[name]
     whole = normal(*case.shape, seed=0, dtype=dtype, device=device)
-    widths = [case.shape[1] * 2 // 3, case.shape[1] // 3] if two else [case.shape[1]]
+    channels = case.shape[1]
+    second = channels // 3 if channels % 3 == 0 else channels // 2
+    widths = [channels - second, second] if two else [channels]
     x, *more = (part.contiguous(memory_format=layout) for part in whole.split(widths, dim=1))
     second = more[0] if more else None
     weight, bias = (normal(case.shape[1], seed=seed, dtype=dtype, device=device) for seed in (1, 2))
