@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import tiny_pipelines as tiny
@@ -14,6 +15,12 @@ import fastdiff
 
 TIMES = torch.tensor([900, 500, 100])
 Call = Callable[[nn.Module, torch.dtype, int], Any]
+
+
+@cache
+def picture(side: int, dtype: torch.dtype) -> Tensor:
+    """What a ControlNet goes by is one tensor in all calls of a run."""
+    return tiny.random(2, 3, side, side).to(dtype)
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
@@ -27,9 +34,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "decoder": (tiny.vae, lambda m, d, s: m.decode(tiny.random(2, 4, s, s).to(d))),
     "ControlNetModel": (
         tiny.controlnet,
-        lambda m, d, s: m(
-            tiny.random(2, 4, s, s).to(d), TIMES[1], m.text, tiny.random(2, 3, 2 * s, 2 * s).to(d), return_dict=False
-        ),
+        lambda m, d, s: m(tiny.random(2, 4, s, s).to(d), TIMES[1], m.text, picture(2 * s, d), return_dict=False),
     ),
     "DiTTransformer2DModel": (
         tiny.dit,
