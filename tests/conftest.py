@@ -35,6 +35,12 @@ def _poisoned_memory() -> object:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_each_time() -> None:
+    """Whatever a test draws, it draws again."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def many_threads() -> object:
     """The number of threads may change inside the test."""

@@ -18,7 +18,8 @@ from torch.nn.utils import parametrizations, vector_to_parameters
 
 import fastdiff
 
-X, TEXT = torch.randn(2, 4, 6, 8), torch.randn(2, 5, 14)
+SEEDED = torch.Generator().manual_seed(0)
+X, TEXT = torch.randn(2, 4, 6, 8, generator=SEEDED), torch.randn(2, 5, 14, generator=SEEDED)
 TIMES = torch.tensor([900, 500, 7])
 CASE = Case(UNet2DConditionModel, OTHERS["one layer each, odd sizes"].config)
 
@@ -64,7 +65,7 @@ def through_data(network: nn.Module) -> None:
 
 def through_a_part_of_data(network: nn.Module) -> None:
     for p in network.parameters():
-        p.data[:1] *= 3.0
+        p.data[:1] *= 1.3
 
 
 def all_at_once(network: nn.Module) -> None:

@@ -48,7 +48,8 @@ def block(**kwargs: Any) -> Block:
     return made
 
 
-X = torch.randn(2, 12, 7, 5)
+SEEDED = torch.Generator().manual_seed(0)
+X = torch.randn(2, 12, 7, 5, generator=SEEDED)
 
 
 def called(module: nn.Module, x: Tensor = X) -> Tensor:
