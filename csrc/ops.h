@@ -165,14 +165,13 @@ struct ConvArgs {
   int threads;
 };
 
-// A 3x3 convolution of stride 1 by Winograd's filtering; maps channels-last, of `type`, as the weight that was packed.
+// A 3x3 convolution of stride 1 by Winograd's filtering; channels-last maps and a weight that was packed, of one dtype.
 struct WinogradArgs {
   int64_t samples, channels, height, width;
   int64_t outputs, out_height, out_width;
   int64_t padding[2];
   int64_t tile;  // results in a row and a column that are made together: 2 or 4
   bool doubled;  // x is read at twice its size, each pixel four times
-  Type type;
   const void *x, *weight, *addend;  // addend as the result, or nullptr
   const float* bias;                // or nullptr
   void* out;
