@@ -44,6 +44,7 @@ class Packs(Cache):
         self._elements: int | None = None
         self._room = sys.maxsize
         self._known: dict[tuple[int, ...], Known] = {}
+        self.winograd = True
 
     def ready(self, x: Tensor, rewrites: Rewrites, network: nn.Module) -> Packs | None:
         """Itself where a call of the network with x may use it: none where what happens is compiled, traced,
@@ -60,6 +61,10 @@ class Packs(Cache):
         if self._elements is None:
             self._elements = sum(parameter.numel() for parameter in network.parameters())
         self._room = self._elements * x.element_size() + _MARGIN
+        if self.winograd != rewrites.winograd:
+            # Copies in the other way's layouts would stay beside its own.
+            self.winograd = rewrites.winograd
+            self.clear()
         return self
 
     def known(

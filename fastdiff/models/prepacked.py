@@ -41,7 +41,7 @@ def convolve(
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
     geometry, known = _geometry(conv), cast(Known, packs.known((conv,), x, always=True))
-    if _in_tiles(x, len(conv.weight), geometry, doubled=True):
+    if _in_tiles(x, len(conv.weight), geometry, packs, doubled=True):
         plain_bias = conv.bias if bias else None
         return _convolve(conv.weight, plain_bias, lambda: conv.weight, x, geometry, packs, known, doubled=True)
     own_bias = None
@@ -86,13 +86,13 @@ def _convolve(
     if x.dtype == torch.float32 and compiled is not None:
         packed = held.at(None, lambda: compiled.pack_weight(make().detach()))
         outputs = len(weight) * (4 if geometry is _PHASES else 1)
-        size = tile(x.shape, outputs, geometry, doubled=doubled)
+        size = tile(x.shape, outputs, geometry, doubled=doubled) if packs.winograd else 0
         if size:
             filtered: Tensor = compiled.winograd(x, packed, bias, addend, outputs, padding, size, doubled)
             return filtered
         y: Tensor = compiled.conv_packed(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
-    if _in_tiles(x, len(weight), geometry, doubled=doubled):
+    if _in_tiles(x, len(weight), geometry, packs, doubled=doubled):
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(make().detach()))
         rounded: Tensor = compiled.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
         return rounded
@@ -114,8 +114,10 @@ def _convolve(
     return run.binary(x, addend, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
 
 
-def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
+def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], packs: Packs, *, doubled: bool = False) -> bool:
     """Whether the convolution is made by Winograd's filtering."""
+    if not packs.winograd:
+        return False
     if x.dtype == torch.float32:
         return extension() is not None and tile(x.shape, outputs, geometry, doubled=doubled) > 0
     return x.dtype == torch.bfloat16 and has_products() and filters(x.shape, outputs, geometry, doubled=doubled)
