@@ -59,7 +59,11 @@ class Packs(Cache):
             return None
         if self._elements is None:
             self._elements = sum(parameter.numel() for parameter in network.parameters())
-        self._room = self._elements * x.element_size() + _MARGIN
+        room = self._elements * x.element_size() + _MARGIN
+        if room != self._room:
+            # What was laid out of the parameters when they had another dtype would take the room.
+            self.clear()
+            self._room = room
         return self
 
     def known(

@@ -18,7 +18,7 @@ from fastdiff.models.rewrites import Rewrites
 PICTURED = {
     **{"in_channels": 3, "out_channels": 3, "block_out_channels": [16, 32], "layers_per_block": 1},
     **{"down_block_types": ["SkipDownBlock2D"] * 2, "up_block_types": ["SkipUpBlock2D"] * 2},
-    "class_embed_type": "identity",
+    **{"norm_num_groups": 8, "attention_head_dim": 16, "class_embed_type": "identity"},
 }
 PLAIN = {
     **{"in_channels": 3, "out_channels": 3, "block_out_channels": [16, 32], "layers_per_block": 1},
