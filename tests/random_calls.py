@@ -91,6 +91,20 @@ def add_classes(dice: Dice, config: Config, call: Config, samples: int, width: i
         call["class_labels"] = dice.normal(samples, 30)
 
 
+def add_mask(dice: Dice, config: Config, call: Config) -> None:
+    """What is attended to: pixels, where all attentions over them have the same ones, or words beside all pixels."""
+    samples, pixels = len(call["sample"]), call["sample"].shape[2:].numel()
+    only_text = [config["only_cross_attention"], config.get("mid_block_only_cross_attention")]
+    if any(True in each if isinstance(each, list) else each for each in only_text):
+        return
+    if any("Simple" in str(kind) for kind in (config["mid_block_type"], *config["down_block_types"])):
+        if "encoder_hid_dim_type" not in config:
+            call["attention_mask"] = dice.mask(samples, call["encoder_hidden_states"].shape[1])
+    elif len(config["block_out_channels"]) == 1:
+        shapes = ((samples, pixels), (samples, pixels), (samples, 1, pixels), (samples, pixels, pixels))
+        call["attention_mask"] = dice.mask(*dice.choice(shapes))
+
+
 def _add_extras(dice: Dice, config: Config, call: Config, samples: int) -> None:
     """What is added to the embedding of the time."""
     kind = dice.one(None, None, None, "text_time", "text", "text_image", "image", "image_hint")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from random_calls import add_classes, conditional_call, drawn_residuals, plain_call
+from random_calls import add_classes, add_mask, conditional_call, drawn_residuals, plain_call
 from random_draws import ACTIVATIONS, TEXT, Config, Dice, Drawn
 from torch import Tensor
 
@@ -17,6 +17,9 @@ def draw(seed: int) -> Drawn:
     dice = Dice(seed)
     make = dice.choices([make for make, _ in FAMILIES], [weight for _, weight in FAMILIES])[0]
     drawn = make(dice, seed)
+    masks = Dice(1000 + seed)
+    if "only_cross_attention" in drawn.config and masks.chance(0.6):
+        add_mask(masks, drawn.config, drawn.arguments)
     residuals = drawn_residuals(dice, drawn) if drawn.kind is UNet2DConditionModel and dice.chance(0.4) else {}
     arguments = {**drawn.arguments, **residuals, "return_dict": dice.chance(0.5)}
     return replace(drawn, arguments=cast(arguments, drawn.dtype))

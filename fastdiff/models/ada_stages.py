@@ -16,7 +16,7 @@ from fastdiff.models.blocks import DownStage, ResnetSettings, UpStage, paired, s
 from fastdiff.models.context import Context
 from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.filters import filter_down, filter_up
-from fastdiff.models.maps import Map, convolved_onto, total
+from fastdiff.models.maps import Map, convolved_onto, laid_out, total
 from fastdiff.models.prepacked import convolve
 
 __all__ = ["AdaDownStage", "AdaUpStage", "ada_down_stage", "ada_up_stage"]
@@ -91,7 +91,7 @@ class AdaDownStage(DownStage):
         x, skips = super().forward(x, context, residual)
         if not self.stores:
             skips = [None] * len(skips)
-        return (filter_down(total(x), reflect=True) if self.halves else x), skips
+        return (laid_out(filter_down(total(x), reflect=True), context.rewrites) if self.halves else x), skips
 
 
 class AdaUpStage(UpStage):
@@ -106,7 +106,7 @@ class AdaUpStage(UpStage):
         for index in range(len(self.resnets)):
             x = self._layer(index, x, context, skip)
             skip = None
-        return filter_up(total(x), reflect=True) if self.doubles else x
+        return laid_out(filter_up(total(x), reflect=True), context.rewrites) if self.doubles else x
 
 
 def ada_down_stage(c: SimpleNamespace, stage: int, settings: ResnetSettings) -> AdaDownStage:

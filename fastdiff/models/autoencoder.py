@@ -14,7 +14,7 @@ from fastdiff.models.arena import in_arena
 from fastdiff.models.attention import SpatialAttention
 from fastdiff.models.blocks import Downsample, MidStage, ResnetBlock, ResnetSettings, Upsample
 from fastdiff.models.context import Context
-from fastdiff.models.maps import Map, normed
+from fastdiff.models.maps import Map, laid_out, normed
 from fastdiff.models.packs import Packs
 from fastdiff.models.prepacked import apply, convolve
 from fastdiff.models.rewrites import Rewrites
@@ -105,9 +105,7 @@ class _Coder(nn.Module):
         _check(type(self).__name__, sample, self.in_channels)
         context = Context(rewrites=self.rewrites, packs=self.packs.ready(sample, self.rewrites, self))
         layout = memory_format(sample)
-        if self.rewrites.channels_last:
-            sample = sample.contiguous(memory_format=torch.channels_last)
-        x: Map = convolve(self.conv_in, sample, context.packs)
+        x: Map = convolve(self.conv_in, laid_out(sample, self.rewrites), context.packs)
         for stage in self.stages():
             x = stage(x, context)
         out = convolve(self.conv_out, normed(self.conv_norm_out, x, context, keep=False), context.packs)
@@ -272,8 +270,8 @@ def _attention(config: Mapping[str, Any], channels: int) -> SpatialAttention:
 def _convolved(layer: nn.Module, x: Tensor, beside: _Coder) -> Tensor:
     """layer(x) in x's layout, for a convolution that comes before or after a coder."""
     packs, layout = beside.packs.ready(x, beside.rewrites, beside), memory_format(x)
-    if packs is not None and beside.rewrites.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
+    if packs is not None:
+        x = laid_out(x, beside.rewrites)
     return apply(layer, x, packs).contiguous(memory_format=layout)
 
 

@@ -17,7 +17,7 @@ from fastdiff.models.context import Context, Time
 from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.filters import filter_down, filter_up
 from fastdiff.models.leaf import is_plain
-from fastdiff.models.maps import Map, convolved_onto, normed, settled, total
+from fastdiff.models.maps import Map, convolved_onto, laid_out, normed, settled, total
 from fastdiff.models.prepacked import apply, convolve, convolve_both, convolve_doubled, doubles, takes
 from fastdiff.nn import GroupNormSiLU
 from fastdiff.ops.reference import memory_format
@@ -85,9 +85,10 @@ class ResnetBlock(nn.Module):
         bias = not self.folds_bias(context)
         if self.smooth:
             change = filter_up if self.resample == "up" else filter_down
-            h, x = convolve(self.conv1, change(h), context.packs, bias=bias), change(x)
+            h, x = (laid_out(change(each), context.rewrites) for each in (h, x))
+            h = convolve(self.conv1, h, context.packs, bias=bias)
         elif self.resample == "up":
-            h, x = _convolve_doubled(self.conv1, h, self._folded, context, size, bias=bias), _double(x, size)
+            h, x = _convolve_doubled(self.conv1, h, self._folded, context, size, bias=bias), _double(x, size, context)
         elif self.resample == "down":
             h, x = convolve(self.conv1, _halve(h), context.packs, bias=bias), _halve(x)
         else:
@@ -180,7 +181,7 @@ class Downsample(nn.Module):
         x = total(x)
         if not self.padding:
             # F.pad gives a single sample another layout.
-            x = F.pad(x, (0, 1, 0, 1)).contiguous(memory_format=memory_format(x))
+            x = laid_out(F.pad(x, (0, 1, 0, 1)), context.rewrites)
         return convolve(self.conv, x, context.packs)
 
 
@@ -202,19 +203,20 @@ def _convolve_doubled(
     """conv(x brought to `size`); folded: where the weight is kept that does both where the size is twice x's."""
     twice = size is None or (size[0] == 2 * x.shape[2] and size[1] == 2 * x.shape[3])
     if not (twice and context.rewrites.upsample_conv and is_plain(conv) and settled(x, conv.weight)):
-        return convolve(conv, _double(x, size), context.packs, bias=bias)
+        return convolve(conv, _double(x, size, context), context.packs, bias=bias)
     if context.packs is not None and doubles(conv, x, context.packs):
         return convolve_doubled(conv, x, context.packs, bias=bias)
     weight = folded.get(None, [conv.weight], lambda: ops.fold_upsample(conv.weight))
-    return ops.upsample_conv(x, weight, conv.bias if bias else None)
+    return laid_out(ops.upsample_conv(x, weight, conv.bias if bias else None), context.rewrites)
 
 
 def _halve(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
-def _double(x: Tensor, size: torch.Size | None) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)
+def _double(x: Tensor, size: torch.Size | None, context: Context) -> Tensor:
+    doubled = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)
+    return laid_out(doubled, context.rewrites)
 
 
 class _Stage(nn.Module):

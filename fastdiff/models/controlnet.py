@@ -18,7 +18,7 @@ from fastdiff.models.attention import PROMPTS
 from fastdiff.models.caches import Cache
 from fastdiff.models.conditions import made_once
 from fastdiff.models.context import Context
-from fastdiff.models.maps import Map, convolved_onto, total
+from fastdiff.models.maps import Map, convolved_onto, laid_out, total
 from fastdiff.models.prepacked import apply, convolve
 from fastdiff.models.stages import stored_maps
 from fastdiff.models.times import TimeTables
@@ -153,8 +153,7 @@ class ControlNet(Trunk):
             mask=as_bias(attention_mask, sample),
         )
         self._read_time(context, timestep, t, class_labels, None, added_cond_kwargs or {}, sample.dtype)
-        if self.rewrites.channels_last:
-            sample = sample.contiguous(memory_format=torch.channels_last)
+        sample = laid_out(sample, self.rewrites)
         condition = self._condition(controlnet_cond, sample, context)
         x: Map
         if len(condition) == len(sample) and condition.dtype == sample.dtype:
@@ -192,8 +191,7 @@ class ControlNet(Trunk):
 
         def embed(context: Context) -> Tensor:
             x = picture.flip(1) if self.config["controlnet_conditioning_channel_order"] == "bgr" else picture
-            x = x.contiguous(memory_format=torch.channels_last) if self.rewrites.channels_last else x
-            return layers(x, context)
+            return layers(laid_out(x, self.rewrites), context)
 
         if self.rewrites.text_cache:
             # Once for a run, it is not worth a copy of the weights.

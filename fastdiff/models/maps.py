@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fastdiff import ops
 from fastdiff.models.context import Context
 from fastdiff.models.prepacked import apply, convolve, takes
+from fastdiff.models.rewrites import Rewrites
 
 
 class Norm(Protocol):
@@ -104,6 +105,16 @@ def convolved_onto(x: Tensor, conv: nn.Module, h: Tensor, scale: float, context:
     if folds(scale, context) and takes((conv,), h, context.packs) and x.dtype == h.dtype:
         return convolve(conv, h, context.packs, addend=x)
     return summed(x, apply(conv, h, context.packs), scale, context)
+
+
+def laid_out(x: Tensor, rewrites: Rewrites) -> Tensor:
+    """x (N, C, H, W) channels-last where the rewrite of that name is on."""
+    if not rewrites.channels_last:
+        return x
+    if x.is_contiguous():
+        # One channel, and one pixel, lie either way; what is made of them lies as their strides say, which this sets.
+        return x.clone(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def scaled(x: Tensor, scale: float, context: Context) -> Tensor:

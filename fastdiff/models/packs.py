@@ -60,11 +60,11 @@ class Packs(Cache):
             return None
         if self._elements is None:
             self._elements = sum(parameter.numel() for parameter in network.parameters())
-        self._room = self._elements * x.element_size() + _MARGIN
-        if self.winograd != rewrites.winograd:
-            # Copies in the other way's layouts would stay beside its own.
-            self.winograd = rewrites.winograd
+        room, winograd = self._elements * x.element_size() + _MARGIN, rewrites.winograd
+        if (room, winograd) != (self._room, self.winograd):
+            # What was laid out of parameters of another dtype, or as the other way reads it, would take the room.
             self.clear()
+            self._room, self.winograd = room, winograd
         return self
 
     def known(

@@ -30,12 +30,19 @@ def convolve(
     conv: nn.Module, x: Tensor, packs: Packs | None, *, bias: bool = True, addend: Tensor | None = None
 ) -> Tensor:
     """conv(x) + addend, or without the layer's bias; addend has the shape of the result and is added in float32."""
-    known = None if packs is None else packs.known((conv,), x)
+    known = packs.known((conv,), x) if packs is not None and _addable(addend, x) else None
     if packs is None or known is None:
         y = conv(x) if bias else F.conv2d(x, cast(Tensor, conv.weight), None, *_geometry(conv)[1:])
         return y if addend is None else addend + y
     weight, own_bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias) if bias else None
     return _convolve(weight, own_bias, lambda: weight, x, _geometry(conv), packs, known, addend=addend)
+
+
+def _addable(addend: Tensor | None, x: Tensor) -> bool:
+    """Whether our products of x can add it: it has x's dtype, and no gradient is asked for."""
+    if addend is None:
+        return True
+    return addend.dtype == x.dtype and not (addend.requires_grad and torch.is_grad_enabled())
 
 
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:

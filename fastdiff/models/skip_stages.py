@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdiff.models.blocks import DownStage, ResnetBlock, UpStage
 from fastdiff.models.context import Context
 from fastdiff.models.filters import filter_down, filter_up
-from fastdiff.models.maps import Map, normed, total
+from fastdiff.models.maps import Map, laid_out, normed, total
 from fastdiff.models.prepacked import convolve
 from fastdiff.nn import GroupNormSiLU
 
@@ -39,7 +39,7 @@ class SkipDownStage(DownStage):
         x, skips = super().forward(x, context, residual)
         if self.resnet_down is not None and self.skip_conv is not None:
             assert context.picture is not None
-            context.picture = filter_down(context.picture)
+            context.picture = laid_out(filter_down(context.picture), context.rewrites)
             x = convolve(self.skip_conv, context.picture, context.packs, addend=total(self.resnet_down(x, context)))
             skips.append(x)
         return x, skips
@@ -72,7 +72,7 @@ class SkipUpStage(UpStage):
         for attention in self.attentions:
             x = attention(x, context)
         if context.picture is not None:
-            context.picture = filter_up(context.picture)
+            context.picture = laid_out(filter_up(context.picture), context.rewrites)
         if self.resnet_up is not None:
             h = normed(self.skip_norm, x, context)
             context.picture = convolve(self.skip_conv, h, context.packs, addend=context.picture)

@@ -97,6 +97,8 @@ class TimeTables:
         addends = [addend for block in self._blocks if (addend := block.time_addend(context)) is not None]
         if len(inputs) != 1 or len(layers) != len(self._blocks) or len(addends) not in (0, len(layers)):
             return None
+        if addends and not settled(*addends):
+            return None
         x = next(iter(inputs.values()))[None]
         if not takes(layers, x, packs) or len({layer.bias is None for layer in layers}) != 1:
             return None

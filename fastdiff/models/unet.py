@@ -19,7 +19,7 @@ from fastdiff.models.conditions import ImageTime, made_once
 from fastdiff.models.context import Context
 from fastdiff.models.embeddings import ACTIVATIONS
 from fastdiff.models.gligen import ObjectEmbedding
-from fastdiff.models.maps import Map, normed, total
+from fastdiff.models.maps import Map, laid_out, normed, total
 from fastdiff.models.prepacked import convolve
 from fastdiff.models.stages import taken_maps, up_stage
 from fastdiff.models.times import TimeTables
@@ -139,9 +139,7 @@ class UNet(Trunk):
 
     def _hint(self, layers: ImageTime, picture: Tensor, context: Context) -> Tensor:
         """What is made of the hint alone: once for a run where it can be."""
-        if self.rewrites.channels_last:
-            picture = picture.contiguous(memory_format=torch.channels_last)
-        made = None
+        picture, made = laid_out(picture, self.rewrites), None
         if self.rewrites.text_cache:
             # Once for a run, it is not worth a copy of the weights.
             once = replace(context, packs=None)
@@ -150,10 +148,7 @@ class UNet(Trunk):
 
     def _enter(self, sample: Tensor, context: Context, added: Mapping[str, Tensor]) -> Tensor:
         """conv_in of the sample, centred and joined with a hint where the network is so."""
-        if self.rewrites.channels_last:
-            sample = sample.contiguous(memory_format=torch.channels_last)
-        if self._c.center_input_sample:
-            sample = 2 * sample - 1
+        sample = laid_out(2 * sample - 1 if self._c.center_input_sample else sample, self.rewrites)
         if isinstance(self.add_embedding, ImageTime) and self._c.addition_embed_type == "image_hint":
             # Two times four channels: less to write than the results of two convolutions are to add.
             sample = torch.cat([sample, self._hint(self.add_embedding, added["hint"], context)], dim=1)

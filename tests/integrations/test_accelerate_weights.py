@@ -80,7 +80,8 @@ def other_data(network: nn.Module) -> None:
 def optimizer(network: nn.Module) -> None:
     network.requires_grad_(True)
     steps = torch.optim.SGD(network.parameters(), lr=1e-3)
-    network(X, TIMES[0], TEXT).sample.square().sum().backward()
+    x, text = (each.to(network.dtype) for each in (X, TEXT))
+    network(x, TIMES[0], text).sample.square().sum().backward()
     steps.step()
     network.requires_grad_(False)
 
@@ -94,9 +95,10 @@ def assigned(network: nn.Module) -> None:
 
 
 def other_dtype_and_back(network: nn.Module) -> None:
+    own = network.dtype
     network.double()
     in_place(network)
-    network.float()
+    network.to(own)
 
 
 CHANGES: dict[str, Callable[[nn.Module], None]] = {
@@ -122,6 +124,22 @@ def test_a_change_takes_effect(change: Callable[[nn.Module], None]) -> None:
     middle = run(network)
     change(network)
     assert relative_error(run(network), middle) > 1e-3, "and a second one"
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_takes_effect_in_bfloat16(change: Callable[[nn.Module], None]) -> None:
+    """In wider layers, whose products have layouts of their own for it."""
+    config = {**CASE.config, "block_out_channels": (32, 64), "norm_num_groups": 8}
+    network = fastdiff.accelerate(Case(UNet2DConditionModel, config).network().bfloat16(), strict=True)
+    x, text = (each.bfloat16() for each in (X, TEXT))
+    before = None
+    for _ in range(3):
+        with torch.no_grad():
+            actual = network(x, TIMES[0], text).sample
+            assert relative_error(actual, type(network).forward(network, x, TIMES[0], text).sample) < 0.03
+        assert before is None or relative_error(actual, before) > 0.03
+        before = actual
+        change(network)
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["each", "foreach"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+from random_adapters import Adapters, draw_adapters
 from random_draws import Dice, Drawn
 from random_layouts import again, cast, draw
 from tolerance import relative_error
@@ -42,6 +43,12 @@ def rewrites(drawn: Drawn) -> list[str] | None:
     return None if dice.chance(0.5) else [name for name in names() if dice.chance(0.6)]
 
 
+def adapters(seed: int) -> Adapters | None:
+    """Some networks have some."""
+    dice = Dice(2000 + seed)
+    return draw_adapters(dice) if dice.chance(0.3) else None
+
+
 def refuse(_: Forward) -> None:
     raise AssertionError("the library's own code ran")
 
@@ -50,10 +57,17 @@ def refuse(_: Forward) -> None:
 def test_an_accelerated_network_gives_what_the_original_gives(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = draw(seed)
     calls = [drawn.arguments, *again(drawn)]
-    original = drawn.network()
-    expected = [outputs(original, call) for call in calls]
+    original, adapted = drawn.network(), adapters(seed)
+    late = adapted is not None and Dice(seed).chance(0.5)
+    if adapted is not None and not late:
+        adapted.put_into(original)
     network = fastdiff.accelerate(copy.deepcopy(original), rewrites=rewrites(drawn), strict=True)
     monkeypatch.setattr(Forward, "original", property(refuse))
+    if adapted is not None and late:
+        outputs(network, drawn.arguments)
+        adapted.put_into(original)
+        adapted.put_into(network)
+    expected = [outputs(original, call) for call in calls]
     for call, truth in zip(calls, expected, strict=True):
         actual = outputs(network, call)
         assert [each.shape for each in actual] == [each.shape for each in truth]
@@ -75,6 +89,14 @@ def test_the_error_is_that_of_the_dtype(dtype: torch.dtype) -> None:
             assert all(each.dtype == dtype for each in actual)
             found += map(relative_error, actual, truth)
     assert _mean_square(ours) <= 2 * _mean_square(theirs) + torch.finfo(dtype).eps
+
+
+def test_the_draws_have_adapters_and_masks() -> None:
+    found = [each for each in map(adapters, SEEDS) if each is not None]
+    assert {len(each.options) for each in found} == {1, 2}
+    assert any(options["use_dora"] for each in found for options in each.options.values())
+    masks = [draw(seed).arguments.get("attention_mask") for seed in SEEDS]
+    assert {mask.dim() for mask in masks if mask is not None} == {2, 3}
 
 
 def test_the_draws_have_every_block_and_embedding() -> None:
