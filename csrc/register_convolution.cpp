@@ -11,20 +11,36 @@ Tensor pack_weight(const Tensor& weight) {
   const Tensor from = weight.contiguous();
   PackArgs args{};
   const Tensor to = describe_weight(args, from);
-  args.weight = from.const_data_ptr<float>();
-  args.to = to.data_ptr<float>();
+  args.type = type_of(from.scalar_type());
+  args.weight = from.const_data_ptr();
+  args.to = to.data_ptr();
   ON_CPU(pack_weight, args);
   return to;
 }
 
+OptionalTensor wide_bias(const OptionalTensor& bias) {
+  return bias ? OptionalTensor(bias->to(at::kFloat).contiguous()) : bias;
+}
+
+void check_types(const Tensor& x, const Tensor& packed, const OptionalTensor& addend) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK(packed.scalar_type() == type && (type == at::kFloat || type == at::kBFloat16),
+              "expected a map and a packed weight of float32 or of bfloat16, got ", type, " and ", packed.scalar_type());
+  TORCH_CHECK(!addend || addend->scalar_type() == type, "the addend has not the result's type");
+}
+
 // out: for the result, to be filled.
-Tensor run(ConvArgs& args, const Tensor& x, const Tensor& packed, const OptionalTensor& own_bias, const Tensor& out) {
+Tensor run(ConvArgs& args, const Tensor& x, const Tensor& packed, const OptionalTensor& own_bias,
+           const OptionalTensor& residual, const Tensor& out) {
+  check_types(x, packed, residual);
   if (out.numel() == 0) return out;
-  const OptionalTensor bias = contiguous(own_bias);
-  args.x = x.const_data_ptr<float>();
-  args.weight = packed.const_data_ptr<float>();
+  const OptionalTensor bias = wide_bias(own_bias);
+  args.type = type_of(x.scalar_type());
+  args.x = x.const_data_ptr();
+  args.weight = packed.const_data_ptr();
   args.bias = floats(bias);
-  args.out = out.data_ptr<float>();
+  args.residual = data(residual);
+  args.out = out.data_ptr();
   ON_CPU(conv_bias_residual, args);
   return out;
 }
@@ -37,8 +53,7 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed, const OptionalTens
   ConvArgs args{};
   const auto [out, residual] =
       describe_convolution(args, x, packed, own_residual, outputs, taps, stride, padding);
-  args.residual = floats(residual);
-  return run(args, x, packed, bias, out);
+  return run(args, x, packed, bias, residual, out);
 }
 
 // The products are float32's: what is narrower is widened for them, and the result rounded once.
@@ -58,13 +73,15 @@ Tensor winograd(const Tensor& input, const Tensor& packed, const OptionalTensor&
   const Tensor x = as_channels_last(input);
   WinogradArgs args{};
   const auto [out, addend] = describe_winograd(args, x, packed, own_addend, outputs, padding, tile, doubled);
+  check_types(x, packed, addend);
   if (out.numel() == 0) return out;
-  const OptionalTensor bias = contiguous(own_bias);
-  args.x = x.const_data_ptr<float>();
-  args.weight = packed.const_data_ptr<float>();
+  const OptionalTensor bias = wide_bias(own_bias);
+  args.type = type_of(x.scalar_type());
+  args.x = x.const_data_ptr();
+  args.weight = packed.const_data_ptr();
   args.bias = floats(bias);
-  args.addend = floats(addend);
-  args.out = out.data_ptr<float>();
+  args.addend = data(addend);
+  args.out = out.data_ptr();
   const Tensor scratch = at::empty({ON_CPU(winograd_scratch, args)}, x.options().dtype(at::kByte));
   args.scratch = scratch.data_ptr();
   ON_CPU(winograd, args);
@@ -76,7 +93,7 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor&
   const Tensor x = input.contiguous();
   ConvArgs args{};
   const Tensor out = describe_product(args, x, packed, outputs);
-  return run(args, x, packed, bias, out);
+  return run(args, x, packed, bias, std::nullopt, out);
 }
 
 }  // namespace

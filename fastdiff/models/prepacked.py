@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.models.packs import PAIRED, Known, Packed, Packs, extension, has_products
+from fastdiff.models.packs import PAIRED, Known, Packed, Packs, extension, widens
+from fastdiff.models.processor import this
 from fastdiff.models.winograd import filters, tile
 from fastdiff.ops import fold_upsample
 
@@ -90,7 +91,7 @@ def _convolve(
     taps, stride, padding, dilation, groups = geometry
     held: Packed = packs.kept(known, (geometry, part), (weight,), Packed)
     compiled = extension()
-    if x.dtype == torch.float32 and compiled is not None:
+    if widens(x.dtype):
         packed = held.at(None, lambda: compiled.pack_weight(make().detach()))
         outputs = len(weight) * (4 if geometry is _PHASES else 1)
         size = tile(x.shape, outputs, geometry, doubled=doubled) if packs.winograd else 0
@@ -125,9 +126,9 @@ def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], packs: Packs, 
     """Whether the convolution is made by Winograd's filtering."""
     if not packs.winograd:
         return False
-    if x.dtype == torch.float32:
-        return extension() is not None and tile(x.shape, outputs, geometry, doubled=doubled) > 0
-    return x.dtype == torch.bfloat16 and has_products() and filters(x.shape, outputs, geometry, doubled=doubled)
+    if widens(x.dtype):
+        return tile(x.shape, outputs, geometry, doubled=doubled) > 0
+    return x.dtype == torch.bfloat16 and this().filtered and filters(x.shape, outputs, geometry, doubled=doubled)
 
 
 def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
@@ -159,7 +160,7 @@ def products(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs, *, addend: 
     held: Packed = packs.kept(known, "linear", weights, Packed)
     compiled = extension()
     outputs = sum(weight.shape[0] for weight in weights)
-    if x.dtype == torch.float32 and compiled is not None:
+    if widens(x.dtype):
         packed = held.at(None, lambda: compiled.pack_weight(_joined(weights)))
         return _product(compiled.multiply, compiled.conv_packed, x, packed, bias, outputs, addend)
     rows = x.numel() // x.shape[-1]
