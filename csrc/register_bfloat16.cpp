@@ -18,10 +18,13 @@ const uint16_t* words(const Tensor& tensor) { return static_cast<const uint16_t*
 
 const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-int64_t padded(int64_t outputs) { return (outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS; }
+// Elements of a packed weight: outputs fill panels, and what each is the sum of fills pairs.
+int64_t packed_size(int64_t outputs, int64_t channels, int64_t taps) {
+  return (outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS * ((channels * taps + 1) / 2 * 2);
+}
 
-void check_packed(const Tensor& packed, int64_t size, int64_t channels, int64_t outputs) {
-  TORCH_CHECK(packed.numel() == size, "the packed weight is not one for ", channels, " channels and ", outputs,
+void check_packed(const Tensor& packed, int64_t outputs, int64_t channels, int64_t taps) {
+  TORCH_CHECK(packed.numel() == packed_size(outputs, channels, taps), "the packed weight is not one for ", channels, " channels and ", outputs,
               " outputs");
 }
 
@@ -55,7 +58,7 @@ Tensor winograd_bfloat16(const Tensor& input, const Tensor& packed, const Option
   WinogradArgs args{};
   const auto [out, addend] = describe(args, x, own_addend, outputs, x.size(2) * scale + 2 * padding[0] - 2,
                                       x.size(3) * scale + 2 * padding[1] - 2);
-  check_packed(packed, padded(outputs) * args.channels * 9, args.channels, outputs);
+  check_packed(packed, outputs, args.channels, 9);
   for (int d = 0; d < 2; ++d) args.padding[d] = padding[d];
   args.tile = 2;
   args.doubled = doubled;
@@ -75,14 +78,14 @@ Tensor winograd_bfloat16(const Tensor& input, const Tensor& packed, const Option
   return out;
 }
 
-// weight (outputs, channels, taps...) as the functions here read it; channels are even.
+// weight (outputs, channels, taps...) as the functions here read it.
 Tensor pack_bfloat16(const Tensor& weight) {
   const Tensor from = weight.contiguous();
   PackBFloat16Args args{};
   args.outputs = from.size(0);
   args.channels = from.size(1);
   args.taps = from.numel() / (args.outputs * args.channels);
-  const Tensor to = at::empty({padded(args.outputs) * args.channels * args.taps}, from.options());
+  const Tensor to = at::empty({packed_size(args.outputs, args.channels, args.taps)}, from.options());
   args.weight = words(from);
   args.to = static_cast<uint16_t*>(to.data_ptr());
   args.threads = at::get_num_threads();
@@ -91,7 +94,7 @@ Tensor pack_bfloat16(const Tensor& weight) {
 }
 
 void convolve_into(ConvolveBFloat16Args& args, const Tensor& packed, const OptionalTensor& bias) {
-  check_packed(packed, padded(args.outputs) * args.channels * args.taps[0] * args.taps[1], args.channels, args.outputs);
+  check_packed(packed, args.outputs, args.channels + args.second_channels, args.taps[0] * args.taps[1]);
   const OptionalTensor dense_bias = contiguous(bias);
   args.weight = packed.const_data_ptr();
   args.bias = data(dense_bias);
@@ -113,6 +116,22 @@ Tensor convolve_bfloat16(const Tensor& input, const Tensor& packed, const Option
     args.padding[d] = padding[d];
   }
   args.addend = data(addend);
+  convolve_into(args, packed, bias);
+  return out;
+}
+
+// The 1x1 convolution of x and second as if concatenated along the channels; both channels-last, as the result is.
+Tensor convolve_both_bfloat16(const Tensor& input, const Tensor& other, const Tensor& packed,
+                              const OptionalTensor& bias, int64_t outputs) {
+  const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor second = other.contiguous(at::MemoryFormat::ChannelsLast);
+  TORCH_CHECK(x.size(0) == second.size(0) && x.sizes().slice(2) == second.sizes().slice(2),
+              "the second map has not the first one's size");
+  ConvolveBFloat16Args args{};
+  const auto [out, none] = describe(args, x, std::nullopt, outputs, x.size(2), x.size(3));
+  for (int d = 0; d < 2; ++d) args.taps[d] = args.stride[d] = 1;
+  args.second = second.const_data_ptr();
+  args.second_channels = second.size(1);
   convolve_into(args, packed, bias);
   return out;
 }
@@ -142,6 +161,7 @@ void register_bfloat16(py::module_& m) {
   m.def("winograd_bfloat16", &winograd_bfloat16);
   m.def("pack_bfloat16", &pack_bfloat16);
   m.def("convolve_bfloat16", &convolve_bfloat16);
+  m.def("convolve_both_bfloat16", &convolve_both_bfloat16);
   m.def("multiply_bfloat16", &multiply_bfloat16);
 }
 

@@ -130,9 +130,9 @@ class Packed:
         self._state = made, frozenset({shape})
         return made
 
-    def takes_pairs(self, x: Tensor, channels: int, products: int) -> bool:
+    def takes_pairs(self, x: Tensor, products: int) -> bool:
         """Whether ours are these products of x. A weight stays in the layout that it was given first."""
-        if x.dtype != torch.bfloat16 or channels % 2 or not has_products():
+        if x.dtype != torch.bfloat16 or not has_products():
             return False
         return products <= _MOST_PRODUCTS if self._state[0] is None else PAIRED in self._state[1]
 
