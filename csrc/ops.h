@@ -181,12 +181,13 @@ struct WinogradArgs {
   int threads;
 };
 
-// A channels-last map and a weight that was packed, bfloat16, with an even number of channels.
+// A channels-last map and a weight that was packed, bfloat16; for a product of pixels also a second map, for more
+// channels.
 struct ConvolveBFloat16Args {
-  int64_t samples, channels, height, width;
+  int64_t samples, channels, second_channels, height, width;
   int64_t outputs, out_height, out_width;
   int64_t taps[2], stride[2], padding[2];
-  const void *x, *weight, *bias, *addend;  // bias and addend (as the result) may be null
+  const void *x, *second, *weight, *bias, *addend;  // second, bias and addend (as the result) may be null
   void* out;
   int threads;
 };

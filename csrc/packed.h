@@ -11,11 +11,26 @@ namespace fastdiff {
 
 using Pair = std::array<int64_t, 2>;  // rows, columns
 
-inline int64_t padded(int64_t outputs) { return (outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS; }
+// Values that lie side by side because they are multiplied at once.
+template <class Args>
+constexpr int64_t TOGETHER = 1;
+template <>
+inline constexpr int64_t TOGETHER<PackBFloat16Args> = 2;
+template <>
+inline constexpr int64_t TOGETHER<ConvolveBFloat16Args> = 2;
 
-inline void check_packed(const Tensor& packed, int64_t taps, int64_t channels, int64_t outputs) {
-  TORCH_CHECK(packed.numel() == padded(outputs) * channels * taps, "the packed weight is not one for ", channels,
-              " channels and ", outputs, " outputs");
+// Elements of a packed weight: outputs fill panels, and what each is the sum of fills groups of TOGETHER.
+template <class Args>
+int64_t packed_size(int64_t taps, int64_t channels, int64_t outputs) {
+  constexpr int64_t group = TOGETHER<Args>;
+  const int64_t panels = (outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS;
+  return panels * PACKED_OUTPUTS * ((channels * taps + group - 1) / group * group);
+}
+
+template <class Args>
+void check_packed(const Tensor& packed, int64_t taps, int64_t channels, int64_t outputs) {
+  TORCH_CHECK(packed.numel() == packed_size<Args>(taps, channels, outputs), "the packed weight is not one for ",
+              channels, " channels and ", outputs, " outputs");
 }
 
 inline Tensor as_channels_last(const Tensor& x) { return x.contiguous(at::MemoryFormat::ChannelsLast); }
@@ -27,7 +42,7 @@ Tensor describe_weight(Args& args, const Tensor& weight) {
   args.channels = weight.size(1);
   args.taps = weight.numel() / (args.outputs * args.channels);
   args.threads = at::get_num_threads();
-  return at::empty({padded(args.outputs) * args.channels * args.taps}, weight.options());
+  return at::empty({packed_size<Args>(args.taps, args.channels, args.outputs)}, weight.options());
 }
 
 // The sizes of x (N, C, H, W), channels-last, and of a result of height by width; an empty tensor for that, and the
@@ -54,7 +69,7 @@ template <class Args>
 std::pair<Tensor, OptionalTensor> describe_convolution(Args& args, const Tensor& x, const Tensor& packed,
                                                        const OptionalTensor& addend, int64_t outputs, const Pair& taps,
                                                        const Pair& stride, const Pair& padding) {
-  check_packed(packed, taps[0] * taps[1], x.size(1), outputs);
+  check_packed<Args>(packed, taps[0] * taps[1], x.size(1), outputs);
   int64_t sizes[2];
   for (int d = 0; d < 2; ++d) {
     args.taps[d] = taps[d];
@@ -69,7 +84,7 @@ std::pair<Tensor, OptionalTensor> describe_convolution(Args& args, const Tensor&
 inline std::pair<Tensor, OptionalTensor> describe_winograd(WinogradArgs& args, const Tensor& x, const Tensor& packed,
                                                            const OptionalTensor& addend, int64_t outputs,
                                                            const Pair& padding, int64_t tile, bool doubled) {
-  check_packed(packed, 9, x.size(1), outputs);
+  check_packed<WinogradArgs>(packed, 9, x.size(1), outputs);
   int64_t sizes[2];
   for (int d = 0; d < 2; ++d) {
     args.padding[d] = padding[d];
@@ -90,7 +105,7 @@ Tensor describe_product(Args& args, const Tensor& x, const Tensor& packed, int64
   args.outputs = sizes.back() = outputs;
   for (int d = 0; d < 2; ++d) args.taps[d] = args.stride[d] = 1;
   args.threads = at::get_num_threads();
-  check_packed(packed, 1, args.channels, outputs);
+  check_packed<Args>(packed, 1, args.channels, outputs);
   return at::empty(sizes, x.options());
 }
 

@@ -40,7 +40,7 @@ Tensor winograd_bfloat16(const Tensor& input, const Tensor& packed, const Option
   return out;
 }
 
-// weight (outputs, channels, taps...) as the functions here read it; channels are even.
+// weight (outputs, channels, taps...) as the functions here read it.
 Tensor pack_bfloat16(const Tensor& weight) {
   const Tensor from = weight.contiguous();
   PackBFloat16Args args{};
@@ -75,6 +75,21 @@ Tensor convolve_bfloat16(const Tensor& input, const Tensor& packed, const Option
   return run(args, x, packed, bias, out);
 }
 
+// The 1x1 convolution of x and second as if concatenated along the channels; both channels-last, as the result is.
+Tensor convolve_both_bfloat16(const Tensor& input, const Tensor& other, const Tensor& packed,
+                              const OptionalTensor& bias, int64_t outputs) {
+  const Tensor x = as_channels_last(input), second = as_channels_last(other);
+  TORCH_CHECK(x.size(0) == second.size(0) && x.sizes().slice(2) == second.sizes().slice(2),
+              "the second map has not the first one's size");
+  ConvolveBFloat16Args args{};
+  args.second = second.const_data_ptr();
+  args.second_channels = second.size(1);
+  check_packed<ConvolveBFloat16Args>(packed, 1, x.size(1) + second.size(1), outputs);
+  for (int d = 0; d < 2; ++d) args.taps[d] = args.stride[d] = 1;
+  const auto [out, none] = describe_maps(args, x, std::nullopt, outputs, x.size(2), x.size(3));
+  return run(args, x, packed, bias, out);
+}
+
 // x (..., C) -> (..., outputs).
 Tensor multiply_bfloat16(const Tensor& input, const Tensor& packed, const OptionalTensor& bias, int64_t outputs) {
   const Tensor x = input.contiguous();
@@ -91,6 +106,7 @@ void register_bfloat16(py::module_& m) {
   m.def("winograd_bfloat16", &winograd_bfloat16);
   m.def("pack_bfloat16", &pack_bfloat16);
   m.def("convolve_bfloat16", &convolve_bfloat16);
+  m.def("convolve_both_bfloat16", &convolve_both_bfloat16);
   m.def("multiply_bfloat16", &multiply_bfloat16);
 }
 

@@ -32,7 +32,7 @@ inline void transform(const Value& value, const Result& result) {
 template <int OUT>
 struct Transform;
 
-// Points 0, 1, -1, infinity.
+// Points 0, 1, -1, infinity. The two rows of G that are halves are doubled, and what is made of them halved.
 template <>
 struct Transform<2> {
   static constexpr int SIZE = 4;
@@ -45,16 +45,16 @@ struct Transform<2> {
   }
 
   static void weight(const Floats (&g)[3], Floats (&u)[4]) {
-    const Floats even = 0.5f * (g[0] + g[2]);
+    const Floats even = g[0] + g[2];
     u[0] = g[0];
-    u[1] = even + 0.5f * g[1];
-    u[2] = even - 0.5f * g[1];
+    u[1] = even + g[1];
+    u[2] = even - g[1];
     u[3] = g[2];
   }
 
   static void output(const Floats (&m)[4], Floats (&y)[2]) {
-    y[0] = m[0] + (m[1] + m[2]);
-    y[1] = (m[1] - m[2]) + m[3];
+    y[0] = m[0] + 0.5f * (m[1] + m[2]);
+    y[1] = m[3] + 0.5f * (m[1] - m[2]);
   }
 };
 

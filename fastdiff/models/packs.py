@@ -134,11 +134,11 @@ class Packed:
         self._state = made, frozenset({shape})
         return made
 
-    def takes_pairs(self, x: Tensor, channels: int, products: int) -> bool:
+    def takes_pairs(self, x: Tensor, products: int) -> bool:
         """Whether ours are these products of x. A weight stays in the layout that it was given first, or in oneDNN's
         once that was needed where ours serve for small products only."""
         own = this()
-        if x.dtype != torch.bfloat16 or channels % 2 or own.most == 0:
+        if x.dtype != torch.bfloat16 or own.most == 0:
             return False
         if self._state[0] is None:
             return products <= own.most
