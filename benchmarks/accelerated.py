@@ -18,13 +18,13 @@ from benchmarks.count import count
 from benchmarks.inputs import normal
 from benchmarks.work import AUTOMATIC, FirstTimed, Work
 from fastdiff import profiling
-from fastdiff.models.rewrites import names
+from fastdiff.models.rewrites import names, needed
 
 STEPS, INDEX = 50, 25
 LARGE = 2**31
 """Bytes of weights, of which memory has no room for one copy more: diffusers in one memory format has to do."""
 WITHOUT, NONE, ONLY = "without", "none", "only"
-"""Contenders of a rewrite: all but it, no rewrite at all, and it alone."""
+"""Contenders of a rewrite: all but it, none but those that it needs, and it beside those."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def build(case: Case, device: torch.device) -> Work:
     # First, while there are no copies of a large network beside the one in float64.
     truth, flops = _truth(name, case.shape)
     if rewrite:
-        chosen = {WITHOUT: [each for each in names() if each != rewrite], NONE: [], ONLY: [rewrite]}
+        beside = needed(rewrite)
+        chosen = {WITHOUT: {*names()} - {rewrite}, NONE: beside, ONLY: (*beside, rewrite)}
         peers = {who: call(partial(fastdiff.accelerate, rewrites=rewrites)) for who, rewrites in chosen.items()}
     elif case.operator == "compiled":
         frozen = {compilers.FROZEN: True} if (name, case.dtype) in cases.FROZEN else {}

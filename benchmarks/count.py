@@ -8,6 +8,9 @@ FLOP       of products: two for each multiplication of a convolution, a linear l
 bytes      every tensor that such a call reads or writes, once, as it is stored
 
 A convolution's bias is a launch of its own that reads and writes the output, as PyTorch adds it on a GPU.
+
+Convolutions count as they are defined, or as networks of float32 make them on a CPU by Winograd's filtering: then
+the products of their tiles count, and not the sums that go in and out of those.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from fastdiff.models.winograd import tile
 
 _FREE = ("aten::empty", "aten::new_empty", "aten::lift_fresh", "aten::detach", "aten::_unsafe_view", "aten::alias")
 """Operators without work that their schemas do not show to be views."""
@@ -44,11 +49,13 @@ class Cost:
 
 
 class Count(TorchDispatchMode):
-    """Adds up what is called inside it: `total`, and `operators` by their names."""
+    """Adds up what is called inside it: `total`, and `operators` by their names. filtered: convolutions count as
+    Winograd's filtering makes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, filtered: bool = False) -> None:
         super().__init__()
         self.operators: dict[str, Cost] = {}
+        self._filtered = filtered
 
     @property
     def total(self) -> Cost:
@@ -57,19 +64,19 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for name, cost in _costs(func, args, kwargs, out):
+        for name, cost in _costs(func, args, kwargs, out, filtered=self._filtered):
             self.operators[name] = self.operators.get(name, Cost()) + cost
         return out
 
 
-def count(call: Callable[[], Any]) -> Count:
+def count(call: Callable[[], Any], *, filtered: bool = False) -> Count:
     """What the call costs."""
-    with torch.no_grad(), Count() as counted:
+    with torch.no_grad(), Count(filtered=filtered) as counted:
         call()
     return counted
 
 
-def _costs(func: Any, args: Any, kwargs: Any, out: Any) -> list[tuple[str, Cost]]:
+def _costs(func: Any, args: Any, kwargs: Any, out: Any, *, filtered: bool) -> list[tuple[str, Cost]]:
     name = func._schema.name
     if func.is_view or name in _FREE:
         return []
@@ -83,7 +90,8 @@ def _costs(func: Any, args: Any, kwargs: Any, out: Any) -> list[tuple[str, Cost]
         # Only the rows that are asked for.
         read = _stored(outputs[0]) + _stored(inputs[1])
     written = sum(map(_stored, outputs))
-    costs = [(name, Cost(1, _flops(func, args, kwargs, out), read + written))]
+    flops = (_in_tiles(name, args, out) if filtered else 0) or _flops(func, args, kwargs, out)
+    costs = [(name, Cost(1, flops, read + written))]
     if name == "aten::convolution" and args[2] is not None:
         costs.append(("bias of aten::convolution", Cost(1, 0, 2 * written)))
     return costs
@@ -102,6 +110,25 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     plain = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").rstrip("_"), None)
     formula = flop_registry.get(func._overloadpacket) or flop_registry.get(plain)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def _in_tiles(name: str, args: Any, out: Any) -> int:
+    """The operations of a convolution that is made by Winograd's filtering, 0 for one that is not."""
+    doubled = name == "fastdiff::upsample_conv"
+    if doubled:
+        geometry: tuple[Any, ...] = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    elif name == "fastdiff::conv_bias_residual":
+        geometry = (args[1].shape[2:], *args[4:6], (1, 1), 1)
+    elif name == "aten::convolution" and not args[6]:
+        geometry = (args[1].shape[2:], *args[3:6], args[8])
+    else:
+        return 0
+    x, (outputs, *sides) = args[0], out.shape[1:]
+    size = tile(x.shape, outputs, geometry, doubled=doubled)
+    if not size:
+        return 0
+    tiles = len(x) * math.prod(-(-side // size) for side in sides)
+    return 2 * (size + 2) ** 2 * tiles * x.shape[1] * outputs
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -2,11 +2,16 @@
 
 A turn in which our threads had to wait for a processor that other programs used tells nothing about a contender. Linux
 says how long they waited; such turns are taken again, and a contender that had no rest is left out.
+
+Threads also wait for each other: where a library wakes more than there are processors, or puts two on one. That is part
+of its time. Where turns are long enough for the clock of /proc/stat, it tells whose waiting it was.
 """
 
 from __future__ import annotations
 
 import gc
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +32,13 @@ WARM_UP = 3
 DISTURBED = 0.02
 """Share of a turn that waiting for a processor may take."""
 TRIES = 20
+STAT = Path("/proc/stat")
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+"""Seconds in which Linux counts the use of the processors."""
+SURE = TICK / DISTURBED
+"""Seconds of turns over which that tells who disturbed them."""
+REST = 0.02
+"""Seconds before a long turn, in which the threads that the contender before has left spinning fall asleep."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ class _Turn:
         while once < least and self.calls < 10_000:
             self.calls = max(self.calls + 1, min(10 * self.calls, int(self.calls * least / max(once, 1e-9)) + 1))
             once = self._shortest(WARM_UP)
+        self.long = once >= SURE / TRIES
 
     def _shortest(self, tries: int) -> float:
         """Of several tries, or of as many as half a second holds."""
@@ -87,15 +100,22 @@ class _Turn:
         return min(times)
 
     def take(self) -> None:
+        """An undisturbed sample. Of long turns that waited, as many as it takes to know for whom: all or none of them
+        count."""
+        if self.long:
+            time.sleep(REST)
+        waiting: list[float] = []
+        start, used = time.perf_counter(), others()
         for _ in range(TRIES):
             waited = _waited()
             seconds = self._seconds(self.calls)
-            if _waited() - waited <= DISTURBED * seconds:
-                self.samples.append(seconds / self.calls)
-                return
-            self.disturbed.append(seconds / self.calls)
-            if seconds > 0.1:
-                return
+            still = _waited() - waited <= DISTURBED * seconds
+            (self.samples if still else waiting).append(seconds / self.calls)
+            if time.perf_counter() - start >= SURE or (still and not (waiting and self.long)):
+                break
+        spent = time.perf_counter() - start
+        own = spent >= SURE and others() - used <= DISTURBED * spent + TICK
+        (self.samples if own else self.disturbed).extend(waiting)
 
     def timing(self) -> Timing:
         p20, p50, p80 = np.percentile(self.samples, (20, 50, 80))
@@ -122,6 +142,18 @@ def _waited() -> float:
         except OSError:
             continue  # a thread that ended meanwhile
     return total * 1e-9
+
+
+def others() -> float:
+    """Seconds of processors that were neither idle nor this process's, from any start, to a TICK; not a number where
+    Linux does not say."""
+    try:
+        lines = STAT.read_text().splitlines()
+    except OSError:
+        return math.nan
+    processors = sum(line.startswith("cpu") for line in lines) - 1
+    idle = TICK * sum(map(int, lines[0].split()[4:6]))
+    return processors * time.perf_counter() - idle - time.process_time()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -27,7 +27,7 @@ from fastdiff.files import write_atomic
 from fastdiff.models import AutoencoderKL, UNet
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.dit import DiT
-from fastdiff.models.rewrites import Rewrites, names
+from fastdiff.models.rewrites import Rewrites, names, needed
 
 CSV = RESULTS / "rewrites.csv"
 README = ROOT / "fastdiff" / "models" / "README.md"
@@ -35,6 +35,8 @@ COUNTS = ("launches", "flops", "bytes")
 COLUMNS = ("network", "rewrite", *COUNTS, *(f"{name}_without" for name in COUNTS))
 OUTSIDE = ("sampler_step",)
 """Rewrites of what happens between two forwards."""
+FILTERED = "winograd"
+"""The rewrite of the CPU's alone that changes a number: its own row and those after it have it, no other does."""
 
 _START = {"diffusers": "diffusers", "none": "fastdiff, no rewrite"}
 
@@ -54,10 +56,12 @@ above it. Launches are calls of operators that compute something, a convolution'
 FLOP are those of convolutions, products and attention; bytes are what the operators read and write.
 
 The columns under "alone" are what a forward costs more when this one rewrite is turned off and all others
-stay. They do not add up to the whole: `folded_residual` needs `unit_scale`, and it, `folded_bias` and
-`split_skip` need `group_norm_silu`, so that a rewrite that others need stands for their share too. With
-nothing else on, `folded_residual` and `split_skip` would save nothing. `fastdiff bench --filter rewrite/`
-times the same comparison.
+stay. They do not add up to the whole, since a rewrite that others need stands for their share too.
+`fastdiff bench --filter rewrite/` times the same comparison.
+
+`winograd` is for the CPU: its row, and none before it, counts 3x3 convolutions as a network of float32 makes
+them there, by the multiplications that are left, without those that take maps to tiles and back. The other
+rows' "alone" is without it.
 
 {tables}
 """
@@ -182,20 +186,21 @@ def steps(layout: Layout) -> list[Step]:
         call = layout.call(network)
 
         def cost(on: Iterable[str]) -> Cost:
-            network.rewrites = Rewrites.parse(on)  # type: ignore[assignment]
-            return _settled(call)
+            chosen = Rewrites.parse(on)
+            network.rewrites = chosen  # type: ignore[assignment]
+            return _settled(call, filtered=chosen.winograd)
 
         found = [Step("diffusers", count(layout.call(library)).total), Step("none", cost([]))]
         for place, name in enumerate(counted):
-            without = cost(each for each in counted if each != name)
+            without = cost(each for each in counted if each not in (name, FILTERED))
             found.append(Step(name, cost(counted[: place + 1]), without))
     return found
 
 
-def _settled(call: Callable[[], Any]) -> Cost:
+def _settled(call: Callable[[], Any], *, filtered: bool) -> Cost:
     """The cost of a call that finds remembered what the calls before it computed: a run's times take two of them."""
-    before = count(call).total
-    while (now := count(call).total) != before:
+    before = count(call, filtered=filtered).total
+    while (now := count(call, filtered=filtered).total) != before:
         before = now
     return now
 
@@ -232,16 +237,13 @@ def markdown(found: Sequence[Mapping[str, str]]) -> str:
     parts = []
     for title in dict.fromkeys(row["network"] for row in found):
         own = [row for row in found if row["network"] == title]
-        lines = [
-            f"## {title}",
-            "",
-            "| | launches | GFLOP | GB | alone: launches | GFLOP | GB |",
-            "|---" + "|--:" * 6 + "|",
-        ]
-        idle, before, whole = [], None, _counts(own[-1])
+        lines = [f"## {title}", "", HEAD, "|---" + "|--:" * 6 + "|"]
+        idle, before = [], None
+        filtered, whole = _counts(own[-1]), next(_counts(row, "_without") for row in own if row["rewrite"] == FILTERED)
         for row in own:
             counts, without = _counts(row), _counts(row, "_without")
-            saved = None if without is None else [off - on for off, on in zip(without, whole, strict=True)]
+            with_it = filtered if row["rewrite"] == FILTERED else whole
+            saved = None if without is None else [off - on for off, on in zip(without, with_it, strict=True)]
             if saved is not None and counts == before and not any(saved):
                 idle.append(f"`{row['rewrite']}`")
             else:
@@ -267,8 +269,12 @@ def _shown(counts: Sequence[int] | None) -> tuple[str, ...]:
 
 
 def readme(found: Sequence[Mapping[str, str]]) -> str:
-    what = [f"- `{each.name}`: {each.metadata['what']}" for each in fields(Rewrites)]
+    what = [f"- `{each.name}`: {each.metadata['what']}{_needs(each.name)}" for each in fields(Rewrites)]
     return ABOUT.format(what="\n".join(what), tables=markdown(found))
+
+
+def _needs(name: str) -> str:
+    return f"; needs {' and '.join(f'`{each}`' for each in needed(name))}" if needed(name) else ""
 
 
 @contextmanager

@@ -27,7 +27,7 @@ examples:
   fastdiff bench --quick
   fastdiff bench --filter sampler_step
   fastdiff bench --filter network/,rewrite/    accelerated networks, and what each rewrite gains
-  fastdiff bench --filter network/,first_call/    the networks against all others: 10 minutes
+  fastdiff bench --filter network/,first_call/    the networks against all others: 15 minutes
   fastdiff bench --filter compiled/            every network against torch.compile: a minute of compiling for each
   fastdiff bench --filter group_norm_silu --compare benchmarks/results/earlier.csv
   python -m benchmarks.table --readme       makes the README's table anew
@@ -136,18 +136,21 @@ def run_case(
 
 
 def _in_fresh_processes(case: Case, device: torch.device, facts: record.Row) -> tuple[list[dict[str, str]], int]:
-    """A row for diffusers and for us, as `run_case`; the time is that of the one first call."""
+    """A row for diffusers and for us, as `run_case`; the time is that of the one first call. Too much memory is wrong,
+    and has its row all the same."""
     if device.type != "cpu" or importlib.util.find_spec("diffusers") is None:
         _skip(case, "it is measured on the CPU, beside diffusers")
         return [], 0
     rows: list[dict[str, str]] = []
     timings: list[measure.Timing] = []
+    both: list[dict[str, float]] = []
     for name in (fresh.LIBRARY, fresh.OURS):
         try:
             found = fresh.measure(case, name, threads=torch.get_num_threads())
         except ChildProcessError as error:
             print(f"{case.name}: {name}: not measured: {error}", file=sys.stderr)
             return [], 1
+        both.append(found)
         first = found["first"]
         timings.append(measure.Timing(first, first, first, 1, 1, 0.0))
         made = record.row(
@@ -168,7 +171,10 @@ def _in_fresh_processes(case: Case, device: torch.device, facts: record.Row) -> 
             f"{what}_mbytes": record.short(found[of] / 1e6) for what, of in (("peak", "peak"), ("weight", "weights"))
         }
         rows.append(made | megabytes)
-    return rows, 0
+    wrong = fresh.too_much(*both)
+    if wrong is not None:
+        print(f"{case.name}: {fresh.OURS}: wrong: {wrong}", file=sys.stderr)
+    return rows, int(wrong is not None)
 
 
 def _build(case: Case, device: torch.device) -> Work | None:

@@ -155,24 +155,25 @@ struct UpsampleArgs {
 
 constexpr int64_t PACKED_OUTPUTS = 64;  // outputs whose weights lie side by side; the last ones are filled with zeros
 
-// A channels-last map and a weight that was packed, float32; bias and residual (as the result) may be null.
+// A channels-last map and a weight that was packed, float32 or bfloat16; bias and residual (as the result) may be null.
 struct ConvArgs {
   int64_t samples, channels, height, width;
   int64_t outputs, out_height, out_width;
   int64_t taps[2], stride[2], padding[2];
-  const float *x, *weight, *bias, *residual;
-  float* out;
+  Type type;  // of all but the bias
+  const void *x, *weight, *residual;
+  const float* bias;
+  void* out;
   int threads;
 };
 
-// A 3x3 convolution of stride 1 by Winograd's filtering; maps channels-last, of `type`, as the weight that was packed.
+// A 3x3 convolution of stride 1 by Winograd's filtering; channels-last maps and a weight that was packed, of one dtype.
 struct WinogradArgs {
   int64_t samples, channels, height, width;
   int64_t outputs, out_height, out_width;
   int64_t padding[2];
   int64_t tile;  // results in a row and a column that are made together: 2 or 4
   bool doubled;  // x is read at twice its size, each pixel four times
-  Type type;
   const void *x, *weight, *addend;  // addend as the result, or nullptr
   const float* bias;                // or nullptr
   void* out;
@@ -180,12 +181,13 @@ struct WinogradArgs {
   int threads;
 };
 
-// A channels-last map and a weight that was packed, bfloat16, with an even number of channels.
+// A channels-last map and a weight that was packed, bfloat16; for a product of pixels also a second map, for more
+// channels.
 struct ConvolveBFloat16Args {
-  int64_t samples, channels, height, width;
+  int64_t samples, channels, second_channels, height, width;
   int64_t outputs, out_height, out_width;
   int64_t taps[2], stride[2], padding[2];
-  const void *x, *weight, *bias, *addend;  // bias and addend (as the result) may be null
+  const void *x, *second, *weight, *bias, *addend;  // second, bias and addend (as the result) may be null
   void* out;
   int threads;
 };
@@ -199,8 +201,9 @@ struct PackBFloat16Args {
 
 struct PackArgs {
   int64_t outputs, channels, taps;
-  const float* weight;
-  float* to;
+  Type type;  // F32 or BF16
+  const void* weight;
+  void* to;
   int threads;
 };
 

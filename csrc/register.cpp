@@ -22,6 +22,7 @@ bool cuda_built() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of fastdiff; called through fastdiff.ops.";
   fastdiff::register_steps(m);
+  fastdiff::register_prepass(m);
   fastdiff::register_noise(m);
   fastdiff::register_network(m);
   fastdiff::register_convolution(m);

@@ -26,6 +26,7 @@ inline Capability capability() {
 
 // Each in the file of that name.
 void register_steps(py::module_& m);
+void register_prepass(py::module_& m);
 void register_noise(py::module_& m);
 void register_network(py::module_& m);
 void register_convolution(py::module_& m);

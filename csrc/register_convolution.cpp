@@ -1,6 +1,6 @@
-// Convolutions and products on the CPU, of weights that were packed before or are packed for the call. Arguments were
-// checked in fastdiff/ops and fastdiff/models/prepacked.py.
-#include "tensors.h"
+// Convolutions and products on the CPU in float32, of weights that were packed before or are packed for the call.
+// Arguments were checked in fastdiff/ops and fastdiff/models/prepacked.py.
+#include "packed.h"
 
 namespace fastdiff {
 
@@ -10,64 +10,55 @@ namespace {
 Tensor pack_weight(const Tensor& weight) {
   const Tensor from = weight.contiguous();
   PackArgs args{};
-  args.outputs = from.size(0);
-  args.channels = from.size(1);
-  args.taps = from.numel() / (args.outputs * args.channels);
-  const int64_t panels = (args.outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS;
-  const Tensor to = at::empty({panels, args.taps, args.channels, PACKED_OUTPUTS}, from.options());
-  args.weight = from.const_data_ptr<float>();
-  args.to = to.data_ptr<float>();
-  args.threads = at::get_num_threads();
+  const Tensor to = describe_weight(args, from);
+  args.type = type_of(from.scalar_type());
+  args.weight = from.const_data_ptr();
+  args.to = to.data_ptr();
   ON_CPU(pack_weight, args);
   return to;
 }
 
-void check_packed(const Tensor& packed, const ConvArgs& args) {
-  TORCH_CHECK(packed.numel() == (args.outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS * args.taps[0] *
-                                    args.taps[1] * args.channels,
-              "the packed weight is not one for ", args.channels, " channels and ", args.outputs, " outputs");
+OptionalTensor wide_bias(const OptionalTensor& bias) {
+  return bias ? OptionalTensor(bias->to(at::kFloat).contiguous()) : bias;
 }
 
-// x (N, C, H, W) and residual channels-last, as the result is.
-Tensor conv_packed(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias,
-                   const OptionalTensor& own_residual, int64_t outputs, const std::array<int64_t, 2>& taps,
-                   const std::array<int64_t, 2>& stride, const std::array<int64_t, 2>& padding) {
-  const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  ConvArgs args{};
-  args.samples = x.size(0);
-  args.channels = x.size(1);
-  args.height = x.size(2);
-  args.width = x.size(3);
-  args.outputs = outputs;
-  for (int d = 0; d < 2; ++d) {
-    args.taps[d] = taps[d];
-    args.stride[d] = stride[d];
-    args.padding[d] = padding[d];
-  }
-  args.out_height = (args.height + 2 * padding[0] - taps[0]) / stride[0] + 1;
-  args.out_width = (args.width + 2 * padding[1] - taps[1]) / stride[1] + 1;
-  const Tensor out =
-      at::empty({args.samples, outputs, args.out_height, args.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
-  const OptionalTensor bias = contiguous(own_bias);
-  const OptionalTensor residual =
-      own_residual ? OptionalTensor(own_residual->contiguous(at::MemoryFormat::ChannelsLast)) : own_residual;
-  TORCH_CHECK(!residual || residual->sizes() == out.sizes(), "conv_packed: the residual has not the result's shape");
-  check_packed(packed, args);
+void check_types(const Tensor& x, const Tensor& packed, const OptionalTensor& addend) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK(packed.scalar_type() == type && (type == at::kFloat || type == at::kBFloat16),
+              "expected a map and a packed weight of float32 or of bfloat16, got ", type, " and ", packed.scalar_type());
+  TORCH_CHECK(!addend || addend->scalar_type() == type, "the addend has not the result's type");
+}
+
+// out: for the result, to be filled.
+Tensor run(ConvArgs& args, const Tensor& x, const Tensor& packed, const OptionalTensor& own_bias,
+           const OptionalTensor& residual, const Tensor& out) {
+  check_types(x, packed, residual);
   if (out.numel() == 0) return out;
-  args.x = x.const_data_ptr<float>();
-  args.weight = packed.const_data_ptr<float>();
+  const OptionalTensor bias = wide_bias(own_bias);
+  args.type = type_of(x.scalar_type());
+  args.x = x.const_data_ptr();
+  args.weight = packed.const_data_ptr();
   args.bias = floats(bias);
-  args.residual = floats(residual);
-  args.out = out.data_ptr<float>();
-  args.threads = at::get_num_threads();
+  args.residual = data(residual);
+  args.out = out.data_ptr();
   ON_CPU(conv_bias_residual, args);
   return out;
 }
 
+// x (N, C, H, W) and residual channels-last, as the result is.
+Tensor conv_packed(const Tensor& input, const Tensor& packed, const OptionalTensor& bias,
+                   const OptionalTensor& own_residual, int64_t outputs, const Pair& taps, const Pair& stride,
+                   const Pair& padding) {
+  const Tensor x = as_channels_last(input);
+  ConvArgs args{};
+  const auto [out, residual] =
+      describe_convolution(args, x, packed, own_residual, outputs, taps, stride, padding);
+  return run(args, x, packed, bias, residual, out);
+}
+
 // The products are float32's: what is narrower is widened for them, and the result rounded once.
 Tensor conv_bias_residual(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                          const OptionalTensor& residual, const std::array<int64_t, 2>& stride,
-                          const std::array<int64_t, 2>& padding) {
+                          const OptionalTensor& residual, const Pair& stride, const Pair& padding) {
   const auto wide = [](const OptionalTensor& x) { return x ? OptionalTensor(x->to(at::kFloat)) : x; };
   const Tensor x = dense(input);
   const Tensor y = conv_packed(*wide(x), pack_weight(*wide(weight)), wide(bias), wide(residual), weight.size(0),
@@ -78,35 +69,19 @@ Tensor conv_bias_residual(const Tensor& input, const Tensor& weight, const Optio
 // A 3x3 convolution of stride 1 of x (N, C, H, W), or of x at twice its size, in tiles of tile x tile results; packed
 // by `pack_weight`, addend channels-last, as the result is.
 Tensor winograd(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias,
-                const OptionalTensor& own_addend, int64_t outputs, const std::array<int64_t, 2>& padding, int64_t tile,
-                bool doubled) {
-  const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+                const OptionalTensor& own_addend, int64_t outputs, const Pair& padding, int64_t tile, bool doubled) {
+  const Tensor x = as_channels_last(input);
   WinogradArgs args{};
-  args.samples = x.size(0);
-  args.channels = x.size(1);
-  args.height = x.size(2);
-  args.width = x.size(3);
-  args.outputs = outputs;
-  args.out_height = args.height * (doubled ? 2 : 1) + 2 * padding[0] - 2;
-  args.out_width = args.width * (doubled ? 2 : 1) + 2 * padding[1] - 2;
-  for (int d = 0; d < 2; ++d) args.padding[d] = padding[d];
-  args.tile = tile;
-  args.doubled = doubled;
+  const auto [out, addend] = describe_winograd(args, x, packed, own_addend, outputs, padding, tile, doubled);
+  check_types(x, packed, addend);
+  if (out.numel() == 0) return out;
+  const OptionalTensor bias = wide_bias(own_bias);
   args.type = type_of(x.scalar_type());
-  TORCH_CHECK(packed.numel() == (outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS * 9 * args.channels,
-              "the packed weight is not one for ", args.channels, " channels and ", outputs, " outputs");
-  const Tensor out =
-      at::empty({args.samples, outputs, args.out_height, args.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
-  const OptionalTensor bias = own_bias ? OptionalTensor(own_bias->to(at::kFloat).contiguous()) : own_bias;
-  const OptionalTensor addend =
-      own_addend ? OptionalTensor(own_addend->contiguous(at::MemoryFormat::ChannelsLast)) : own_addend;
-  TORCH_CHECK(!addend || addend->sizes() == out.sizes(), "winograd: the addend has not the result's shape");
   args.x = x.const_data_ptr();
   args.weight = packed.const_data_ptr();
   args.bias = floats(bias);
-  args.addend = addend ? addend->const_data_ptr() : nullptr;
+  args.addend = data(addend);
   args.out = out.data_ptr();
-  args.threads = at::get_num_threads();
   const Tensor scratch = at::empty({ON_CPU(winograd_scratch, args)}, x.options().dtype(at::kByte));
   args.scratch = scratch.data_ptr();
   ON_CPU(winograd, args);
@@ -114,25 +89,11 @@ Tensor winograd(const Tensor& input, const Tensor& packed, const OptionalTensor&
 }
 
 // x (..., C) -> (..., outputs).
-Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor& own_bias, int64_t outputs) {
+Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor& bias, int64_t outputs) {
   const Tensor x = input.contiguous();
-  auto sizes = x.sizes().vec();
   ConvArgs args{};
-  args.samples = args.height = args.out_height = 1;
-  args.channels = sizes.back();
-  args.width = args.out_width = x.numel() / args.channels;
-  args.outputs = sizes.back() = outputs;
-  for (int d = 0; d < 2; ++d) args.taps[d] = args.stride[d] = 1;
-  const Tensor out = at::empty(sizes, x.options());
-  const OptionalTensor bias = contiguous(own_bias);
-  check_packed(packed, args);
-  args.x = x.const_data_ptr<float>();
-  args.weight = packed.const_data_ptr<float>();
-  args.bias = floats(bias);
-  args.out = out.data_ptr<float>();
-  args.threads = at::get_num_threads();
-  ON_CPU(conv_bias_residual, args);
-  return out;
+  const Tensor out = describe_product(args, x, packed, outputs);
+  return run(args, x, packed, bias, std::nullopt, out);
 }
 
 }  // namespace

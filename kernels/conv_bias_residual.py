@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.aot import AotCase
+from fastdiff.kernels.conv_tile import convolve_tile
 from fastdiff.kernels.layout import memory_format
 
 
@@ -42,7 +43,7 @@ def conv_bias_residual_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDE: tl.constexpr,  # for Triton's interpreter, which multiplies bfloat16 as the integers of its bits
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(pixels, BLOCK_M)
     pixel = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -50,37 +51,16 @@ def conv_bias_residual_kernel(
     column = pixel % out_width
     row = pixel // out_width % out_height
     sample = (pixel // out_width // out_height).to(tl.int64)
-    top, left = row * step_h - pad_h, column * step_w - pad_w
-    channel = tl.arange(0, BLOCK_K)
-    x_rows = x + ((sample * height + top) * width + left) * channels
     weights = weight + output.to(tl.int64) * (TAPS_H * TAPS_W) * channels
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    steps = tl.cdiv(channels, BLOCK_K)
-    for step in range(TAPS_H * TAPS_W * steps):
-        tap = step // steps
-        down, right = tap // TAPS_W, tap % TAPS_W
-        there = (pixel < pixels) & (top + down >= 0) & (top + down < height)
-        there = there & (left + right >= 0) & (left + right < width)
-        first = (step % steps) * BLOCK_K
-        in_k = channel < channels - first
-        x_tile = tl.load(
-            x_rows[:, None] + ((down * width + right) * channels + first) + channel[None, :],
-            mask=there[:, None] & in_k[None, :], other=0.0,
-        )  # fmt: skip
-        w_tile = tl.load(
-            weights[:, None] + (tap * channels + first) + channel[None, :],
-            mask=(output < outputs)[:, None] & in_k[None, :], other=0.0,
-        )  # fmt: skip
-        if WIDE:
-            x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
-        total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+    is_pixel, is_output = pixel < pixels, output < outputs
+    total = convolve_tile(
+        x, weights, bias, sample, row * step_h - pad_h, column * step_w - pad_w, output, is_pixel, is_output,
+        height, width, channels, TAPS_H, TAPS_W, BIAS, BLOCK_M, BLOCK_N, BLOCK_K, WIDE,
+    )  # fmt: skip
 
     starts = sample * stride_n + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
     offsets = starts[:, None] + (output.to(tl.int64) * stride_c)[None, :]
-    inside = (pixel < pixels)[:, None] & (output < outputs)[None, :]
+    inside = is_pixel[:, None] & is_output[None, :]
     if RESIDUAL:
         total += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + offsets, total, mask=inside)

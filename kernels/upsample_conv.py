@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.aot import AotCase
+from fastdiff.kernels.conv_tile import convolve_tile
 from fastdiff.kernels.layout import memory_format
 
 
@@ -34,7 +35,7 @@ def upsample_conv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDE: tl.constexpr,  # for Triton's interpreter, which multiplies bfloat16 as the integers of its bits
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     blocks_m, blocks_n = tl.cdiv(positions, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
     block = tl.program_id(0) // blocks_m
@@ -44,37 +45,16 @@ def upsample_conv_kernel(
     column = position % width
     row = position // width % height
     sample = (position // width // height).to(tl.int64)
-    channel = tl.arange(0, BLOCK_K)
-    x_rows = x + position.to(tl.int64) * channels
     weights = weight + ((2 * a + b) * outputs + output).to(tl.int64) * 4 * channels
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    steps = tl.cdiv(channels, BLOCK_K)
-    for step in range(4 * steps):
-        tap = step // steps
-        p, q = tap // 2, tap % 2
-        down, right = a + p - 1, b + q - 1
-        there = (position < positions) & (row + down >= 0) & (row + down < height)
-        there = there & (column + right >= 0) & (column + right < width)
-        first = (step % steps) * BLOCK_K
-        in_k = channel < channels - first
-        x_tile = tl.load(
-            x_rows[:, None] + ((down * width + right) * channels + first) + channel[None, :],
-            mask=there[:, None] & in_k[None, :], other=0.0,
-        )  # fmt: skip
-        w_tile = tl.load(
-            weights[:, None] + (tap * channels + first) + channel[None, :],
-            mask=(output < outputs)[:, None] & in_k[None, :], other=0.0,
-        )  # fmt: skip
-        if WIDE:
-            x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
-        total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+    is_position, is_output = position < positions, output < outputs
+    total = convolve_tile(
+        x, weights, bias, sample, row + a - 1, column + b - 1, output, is_position, is_output,
+        height, width, channels, 2, 2, BIAS, BLOCK_M, BLOCK_N, BLOCK_K, WIDE,
+    )  # fmt: skip
 
     pixels = out + sample * stride_n + (2 * row + a) * stride_h + (2 * column + b) * stride_w
     pointers = pixels[:, None] + (output * stride_c)[None, :]
-    tl.store(pointers, total, mask=(position < positions)[:, None] & (output < outputs)[None, :])
+    tl.store(pointers, total, mask=is_position[:, None] & is_output[None, :])
 
 
 def blocks(dtype: torch.dtype) -> tuple[int, int, int, int, int]:

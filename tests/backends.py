@@ -65,5 +65,7 @@ class Target:
 
 NATIVE = Target("native", "cpu")
 INTERPRETED = Target("triton", "cuda" if CUDA else "cpu")
+DEVICE = {"native": "cpu", "torch": "cpu", "triton": INTERPRETED.device}
+"""Of the backends that are no specification."""
 ON_GPU = pytest.param(Target("native", "cuda"), id="native-cuda", marks=pytest.mark.gpu)
 TARGETS = [pytest.param(target, id=str(target)) for target in (NATIVE, INTERPRETED)] + [ON_GPU]

@@ -47,3 +47,9 @@ def many_threads() -> object:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-threads")
+def threads(request: pytest.FixtureRequest, many_threads: object) -> None:
+    """The test runs on that many threads."""
+    torch.set_num_threads(request.param)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +124,34 @@ def test_disturbed_turns_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.2 < timing.disturbed < 0.8
     monkeypatch.setattr(measure, "_waited", lambda: float(next(clock)))
     assert measure.interleave([call], CPU, seconds=0.01) == {}
+
+
+def test_waiting_for_one_s_own_threads_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every turn waits for a processor. Whether other programs had it is known where turns are long enough."""
+    clock = count()
+    call = Contender("a", lambda: torch.zeros(200_000).sum())
+    monkeypatch.setattr(measure, "_waited", lambda: float(next(clock)))
+    monkeypatch.setattr(measure, "REST", 0.0)
+    monkeypatch.setattr(measure, "others", lambda: 0.0)
+    assert measure.interleave([call], CPU, seconds=0.01) == {}, "turns are too short to know"
+    monkeypatch.setattr(measure, "SURE", 0.02)
+    timing = measure.interleave([call], CPU, seconds=0.01)["a"]
+    assert timing.rounds >= measure.LEAST_SAMPLES
+    assert timing.disturbed == 0.0
+    for used in (lambda: float(next(clock)), lambda: float("nan")):
+        monkeypatch.setattr(measure, "others", used)
+        assert measure.interleave([call], CPU, seconds=0.01) == {}
+
+
+def test_what_other_programs_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processors, 10 s each since the start, of which 4 s were idle and 3 s our own."""
+    (tmp_path / "stat").write_text("cpu  9 0 9 350 50 0 0 0\ncpu0 1\ncpu1 1\nintr 5\n", encoding="utf-8")
+    monkeypatch.setattr(measure, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(measure, "TICK", 0.01)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: 10.0, process_time=lambda: 3.0))
+    assert measure.others() == pytest.approx(13.0)
+    monkeypatch.setattr(measure, "STAT", tmp_path / "none")
+    assert math.isnan(measure.others())
 
 
 def test_run_writes_merges_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

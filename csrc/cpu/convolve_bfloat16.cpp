@@ -22,11 +22,11 @@ const uint16_t* words(const void* data) { return static_cast<const uint16_t*>(da
 class Convolution {
  public:
   explicit Convolution(const ConvolveBFloat16Args& args) : args_(args) {
-    depth_ = args.taps[0] * args.taps[1] * args.channels;
+    depth_ = ceil_divide(args.taps[0] * args.taps[1] * args.channels + args.second_channels, 2) * 2;
     pixels_ = args.samples * args.out_height * args.out_width;
     panels_ = ceil_divide(args.outputs, PANEL);
-    in_place_ =
-        depth_ == args.channels && args.stride[0] * args.stride[1] == 1 && args.padding[0] + args.padding[1] == 0;
+    in_place_ = args.taps[0] * args.taps[1] * args.stride[0] * args.stride[1] == 1 &&
+                args.padding[0] + args.padding[1] == 0 && args.channels % 2 + args.second_channels % 2 == 0;
     row_ = in_place_ ? depth_ : depth_ + APART;
     const int64_t fit = GATHERED / (2 * row_);
     const int64_t blocks = ceil_divide(pixels_, in_place_ ? BLOCK : fit < 12 ? 12 : smaller(fit, BLOCK));
@@ -46,54 +46,83 @@ class Convolution {
           for (int64_t r = 0; r < rows; ++r) gather(first + r, &gathered[r * row_]);
           ready = block;
         }
-        multiply(in_place_ ? words(args_.x) + first * depth_ : gathered.data(), first, rows, task % panels_ * PANEL);
+        const int64_t panel = task % panels_, later = smaller((thread + 1) * tasks / team - task, panels_ - panel);
+        multiply(gathered.data(), first, rows, panel * PANEL, later);
       }
     });
   }
 
  private:
-  // What a pixel of the result is made of, tap by tap and channel by channel.
+  // What a pixel of the result is made of, tap by tap and channel by channel; a row of taps lies as it does in the map.
   void gather(int64_t pixel, uint16_t* to) const {
-    const int64_t line = pixel / args_.out_width, size = args_.channels * static_cast<int64_t>(sizeof(uint16_t));
+    const int64_t line = pixel / args_.out_width, across = args_.taps[1] * args_.channels;
     const int64_t top = line % args_.out_height * args_.stride[0] - args_.padding[0];
     const int64_t left = pixel % args_.out_width * args_.stride[1] - args_.padding[1];
+    const int64_t begin = left < 0 ? smaller(-left, args_.taps[1]) : 0;
+    const int64_t end = smaller(args_.taps[1], args_.width - left);
     const uint16_t* sample = words(args_.x) + line / args_.out_height * args_.height * args_.width * args_.channels;
-    for (int64_t row = top; row < top + args_.taps[0]; ++row) {
-      for (int64_t column = left; column < left + args_.taps[1]; ++column, to += args_.channels) {
-        if (row < 0 || row >= args_.height || column < 0 || column >= args_.width) {
-          std::memset(to, 0, size);
-        } else {
-          std::memcpy(to, sample + (row * args_.width + column) * args_.channels, size);
-        }
+    for (int64_t row = top; row < top + args_.taps[0]; ++row, to += across) {
+      if (row < 0 || row >= args_.height || begin >= end) {
+        fill(to, 0, across);
+        continue;
       }
+      fill(to, 0, begin * args_.channels);
+      std::memcpy(to + begin * args_.channels, sample + (row * args_.width + left + begin) * args_.channels,
+                  (end - begin) * args_.channels * sizeof(uint16_t));
+      fill(to, end * args_.channels, across);
     }
+    const int64_t more = args_.second_channels;
+    if (more > 0) std::memcpy(to, words(args_.second) + pixel * more, more * sizeof(uint16_t));
+    fill(to, more, depth_ - args_.taps[0] * across);
   }
 
-  void multiply(const uint16_t* a, int64_t first, int64_t rows, int64_t output) const {
+  static void fill(uint16_t* to, int64_t begin, int64_t end) {
+    if (begin < end) std::memset(to + begin, 0, (end - begin) * sizeof(uint16_t));
+  }
+
+  // `rows` pixels from `first` on, for the panel of outputs at `output`, the first of `panels` with these pixels.
+  void multiply(const uint16_t* gathered, int64_t first, int64_t rows, int64_t output, int64_t panels) const {
     alignas(64) float sums[BLOCK * PANEL];
     const int64_t outputs = smaller(PANEL, args_.outputs - output);
     const uint16_t* b = words(args_.weight) + output * depth_;
-    for (int64_t k = 0; k < depth_; k += CHUNK) {
-      const int64_t pairs = smaller(CHUNK, depth_ - k) / 2;
-      const auto* left = reinterpret_cast<const uint32_t*>(a + k);
-      const auto* right = reinterpret_cast<const uint32_t*>(b + k * PANEL);
-      const auto with = [&]<int VECTORS>() {
-        multiply_bfloat16<VECTORS>(left, row_ / 2, rows, right, PANEL, pairs, sums, PANEL, k == 0);
-      };
-      if (outputs > 3 * LANES) {
-        with.template operator()<4>();
-      } else if (outputs > 2 * LANES) {
-        with.template operator()<3>();
-      } else if (outputs > LANES) {
-        with.template operator()<2>();
-      } else {
-        with.template operator()<1>();
+    const auto* end = reinterpret_cast<const char*>(b + panels * depth_ * PANEL);
+    bool begun = false;
+    const auto add = [&](const uint16_t* a, int64_t apart, int64_t depth) {
+      for (int64_t k = 0; k < depth; k += CHUNK, begun = true) {
+        const int64_t pairs = smaller(CHUNK, depth - k) / 2;
+        const auto* left = reinterpret_cast<const uint32_t*>(a + k);
+        const auto* right = reinterpret_cast<const uint32_t*>(b);
+        b += 2 * pairs * PANEL;
+        Ahead ahead{reinterpret_cast<const char*>(b), end};
+        with_vectors(outputs, [&]<int VECTORS>() {
+          multiply_bfloat16<VECTORS>(left, apart / 2, rows, right, PANEL, pairs, sums, PANEL, !begun, ahead);
+        });
       }
+    };
+    if (in_place_) {
+      add(words(args_.x) + first * args_.channels, args_.channels, args_.channels);
+      add(words(args_.second) + first * args_.second_channels, args_.second_channels, args_.second_channels);
+    } else {
+      add(gathered, row_, depth_);
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t o = 0; o < outputs; o += LANES) {
         finish((first + r) * args_.outputs + output + o, output + o, smaller(LANES, outputs - o), sums + r * PANEL + o);
       }
+    }
+  }
+
+  // As many vectors as hold the outputs of a panel.
+  template <class Function>
+  static void with_vectors(int64_t outputs, const Function& function) {
+    if (outputs > 3 * LANES) {
+      function.template operator()<4>();
+    } else if (outputs > 2 * LANES) {
+      function.template operator()<3>();
+    } else if (outputs > LANES) {
+      function.template operator()<2>();
+    } else {
+      function.template operator()<1>();
     }
   }
 
@@ -126,18 +155,19 @@ void convolve_bfloat16(const ConvolveBFloat16Args&) {}
 
 #endif
 
-// to[panel][tap][channel / 2][output of the panel][channel % 2] = weight[output][channel][tap], zero beyond the last
-// output.
+// to[panel][k / 2][output of the panel][k % 2] = weight[output][channel][tap] with k = tap * channels + channel, zero
+// beyond the last output and beyond the last k.
 void pack_bfloat16(const PackBFloat16Args& args) {
-  const int64_t depth = args.channels * args.taps;
+  const int64_t values = args.channels * args.taps, depth = ceil_divide(values, 2) * 2;
   parallel_for(ceil_divide(args.outputs, PACKED_OUTPUTS), args.threads, [&](int64_t panel) {
     const int64_t first = panel * PACKED_OUTPUTS;
     uint16_t* to = args.to + first * depth;
+    const auto place = [&](int64_t k) { return k % args.channels * args.taps + k / args.channels; };
     for (int64_t k = 0; k < depth; k += 2) {
-      const int64_t from = k % args.channels * args.taps + k / args.channels;
+      const int64_t low = place(k), high = place(k + 1);
       for (int64_t o = first; o < first + PACKED_OUTPUTS; ++o, to += 2) {
-        to[0] = o < args.outputs ? args.weight[o * depth + from] : 0;
-        to[1] = o < args.outputs ? args.weight[o * depth + from + args.taps] : 0;
+        to[0] = o < args.outputs ? args.weight[o * values + low] : 0;
+        to[1] = o < args.outputs && k + 1 < values ? args.weight[o * values + high] : 0;
       }
     }
   });

@@ -8,7 +8,8 @@
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
 
-constexpr int64_t PART_SIZE = 65536;  // elements of a part of a sample, about
+constexpr int64_t PART_SIZE = 65536;  // elements of a part of a sample at most, about
+constexpr int64_t MIN_PART = 8192;    // and at least, where the sample has more; it is in eight parts then
 constexpr int64_t MAX_PARTS = 64;     // of a sample
 
 template <class T, bool SILU, bool PLAIN>
@@ -20,7 +21,8 @@ class Rows {
         outputs_(args),
         second_place_(ceil_divide(inputs_.x_channels, BLOCK) * BLOCK),
         stride_(second_place_ + ceil_divide(inputs_.second_channels, BLOCK) * BLOCK),
-        part_rows_(larger(ceil_divide(PART_SIZE, args.channels), ceil_divide(args.spatial, MAX_PARTS))),
+        part_rows_(larger(ceil_divide(part_size(args.channels * args.spatial), args.channels),
+                          ceil_divide(args.spatial, MAX_PARTS))),
         parts_(ceil_divide(args.spatial, part_rows_)),
         tables_(args.samples * (3 * parts_ + 4) * stride_),
         moments_(args.samples * parts_) {}
@@ -45,6 +47,8 @@ class Rows {
 
  private:
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  static int64_t part_size(int64_t sample) { return smaller(larger(sample / 8, MIN_PART), PART_SIZE); }
 
   // Parts and rows are counted over all samples.
   int64_t first_row(int64_t part) const { return part / parts_ * args_.spatial + part % parts_ * part_rows_; }

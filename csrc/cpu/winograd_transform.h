@@ -7,10 +7,32 @@
 namespace fastdiff::cpu::CPU_CAPABILITY {
 namespace {
 
+// result(i, j, T d T^T) of FROM x FROM values d = value(i, j), by a filter that computes TO values T x of FROM values x.
+template <auto filter, int FROM, int TO, class Value, class Result>
+inline void transform(const Value& value, const Result& result) {
+  Floats half[TO][FROM];
+#pragma GCC unroll 6
+  for (int j = 0; j < FROM; ++j) {
+    Floats column[FROM], filtered[TO];
+#pragma GCC unroll 6
+    for (int i = 0; i < FROM; ++i) column[i] = value(i, j);
+    filter(column, filtered);
+#pragma GCC unroll 6
+    for (int i = 0; i < TO; ++i) half[i][j] = filtered[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < TO; ++i) {
+    Floats row[TO];
+    filter(half[i], row);
+#pragma GCC unroll 6
+    for (int j = 0; j < TO; ++j) result(i, j, row[j]);
+  }
+}
+
 template <int OUT>
 struct Transform;
 
-// Points 0, 1, -1, infinity.
+// Points 0, 1, -1, infinity. The two rows of G that are halves are doubled, and what is made of them halved.
 template <>
 struct Transform<2> {
   static constexpr int SIZE = 4;
@@ -23,16 +45,16 @@ struct Transform<2> {
   }
 
   static void weight(const Floats (&g)[3], Floats (&u)[4]) {
-    const Floats even = 0.5f * (g[0] + g[2]);
+    const Floats even = g[0] + g[2];
     u[0] = g[0];
-    u[1] = even + 0.5f * g[1];
-    u[2] = even - 0.5f * g[1];
+    u[1] = even + g[1];
+    u[2] = even - g[1];
     u[3] = g[2];
   }
 
   static void output(const Floats (&m)[4], Floats (&y)[2]) {
-    y[0] = m[0] + (m[1] + m[2]);
-    y[1] = (m[1] - m[2]) + m[3];
+    y[0] = m[0] + 0.5f * (m[1] + m[2]);
+    y[1] = m[3] + 0.5f * (m[1] - m[2]);
   }
 };
 

@@ -64,7 +64,7 @@ def accelerate(target: Target, *, rewrites: Rewrites | Iterable[str] | None = No
     Parameters, state dict, configuration and signature stay the network's own: moving it, loading into it, LoRA through
     PEFT, copies and pickles go on as before and take effect in the next call. A change that leaves no trace in PyTorch,
     such as writing to `weight.numpy()` or from another process, is taken up after another `accelerate`.
-    Calls that fastdiff's network does not take (some arguments, attention processors, hooks inside, autocast,
+    Calls that fastdiff's network or block does not take (some arguments, attention processors, hooks inside, autocast,
     gradients) run on the library's code; all but gradients and training are warned of once and listed in
     `fastdiff.report()`. What `torch.compile` or `torch.jit.trace` sees is the library's code too. Several threads may
     call one network.

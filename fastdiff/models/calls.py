@@ -42,15 +42,15 @@ def output(module: nn.Module, name: str, value: Tensor, return_dict: bool) -> An
 
 
 def check(condition: bool) -> None:
-    """Leaves a call to the library, to take or to refuse it in its own words, where the condition does not hold."""
+    """Leaves a call to the library where the condition does not hold; the report says nothing of it."""
     if not condition:
         raise Left(None)
 
 
-def takes(condition: bool) -> None:
-    """The same for a whole network, of which the report tells that the library has taken what ours would not."""
+def takes(condition: bool, ours: str = "network") -> None:
+    """The same for arguments, of which the report tells that the library has taken what ours would not."""
     if not condition:
-        raise Left("it was called with arguments that fastdiff's network does not take")
+        raise Left(f"it was called with arguments that fastdiff's {ours} does not take")
 
 
 def refuse(**arguments: Any) -> None:

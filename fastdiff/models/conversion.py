@@ -19,9 +19,10 @@ from fastdiff.errors import InputError
 from fastdiff.models import arena
 from fastdiff.models.calls import Call, Left, check, note, takes
 from fastdiff.models.convert import CONVERTERS, Converter, converter
+from fastdiff.models.facts import Facts, facts
 from fastdiff.models.forward import Forward, forward
 from fastdiff.models.rewrites import Rewrites
-from fastdiff.models.sharing import Facts, Shared, facts
+from fastdiff.models.sharing import Shared
 from fastdiff.models.tracing import is_transformed, tensors
 from fastdiff.ops import networks
 

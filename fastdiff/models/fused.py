@@ -72,10 +72,17 @@ class Fused(Forward):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         try:
+            self.check_class()
             return self.fused(*args, **kwargs)
         except Left as left:
-            self.parts.leave(left.reason)
-        return self.original(*args, **kwargs)
+            reason = left.reason
+        result = self.original(*args, **kwargs)
+        # Of what the library has refused it has told itself.
+        self.parts.leave(reason)
+        return result
+
+    def check_class(self) -> None:
+        """Raises Left where the owner's class has another forward than the one that was proved."""
 
     def fused(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -107,12 +114,14 @@ def is_foldable(conv: Any) -> bool:
 
 def unfit(x: Any, parameters: Iterable[Tensor | None]) -> str | None:
     """Why nothing of ours takes x now; "" for what everybody expects. `parameters`: those that the result reads."""
-    if type(x) is not Tensor or x.dtype not in FLOATS or not (x.is_cpu or x.is_cuda) or x.numel() == 0:
+    if type(x) is not Tensor or not (x.is_cpu or x.is_cuda):
         return ""
     if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
         return ""
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return ""
+    if x.dtype not in FLOATS or x.numel() == 0:
+        return f"its input is {x.dtype}" if x.numel() else "its input is empty"
     return "autocast is on" if torch.is_autocast_enabled(x.device.type) else None
 
 
@@ -128,7 +137,7 @@ def norm_obstacle(norm: Any, x: Any) -> str | None:
     for value in (weight, bias):
         fits = fits and (value is None or (value.dtype == dtype and value.device == x.device))
     # PyTorch refuses to normalise a single value.
-    return None if fits and x.numel() // norm.num_groups > 1 else ""
+    return None if fits and x.numel() // norm.num_groups > 1 else "a GroupNorm does not fit its input"
 
 
 def normed(norm: Any, x: Tensor, *, silu: bool = True, addend: Tensor | None = None) -> Tensor:
@@ -143,7 +152,7 @@ def doubling_obstacle(conv: Any, x: Any) -> str | None:
     if reason is not None:
         return reason
     fits = x.dim() == 4 and x.shape[1] == conv.in_channels and x.dtype == conv.weight.dtype
-    return None if fits and x.device == conv.weight.device else ""
+    return None if fits and x.device == conv.weight.device else "a convolution does not fit its input"
 
 
 def convolve_doubled(conv: Any, x: Tensor, kept: Cache, *, bias: bool = True) -> Tensor:

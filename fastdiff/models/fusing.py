@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff import ops
-from fastdiff.models import known, library_blocks
-from fastdiff.models.calls import check
+from fastdiff.models import known
+from fastdiff.models.calls import Left, check
 from fastdiff.models.fused import (
     FLOATS,
     Fused,
@@ -24,6 +24,9 @@ from fastdiff.models.fused import (
     normed,
     unfit,
 )
+from fastdiff.models.library import taken
+from fastdiff.models.library_attention import FusedAttention, FusedTransformerBlock
+from fastdiff.models.library_blocks import FusedResnet, FusedUpsample
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,11 @@ class FusedSequential(Fused):
         if not self._plan.holds(list(self.owner._modules.values())):  # type: ignore[arg-type]
             self._plan = plan(self.owner)
         for kind, members in self._plan.steps:
-            if kind == "call" or (reason := self._obstacle(kind, members, x)) is not None:
-                if kind != "call":
-                    self.parts.leave(reason or None)
+            reason = "" if kind == "call" else self._obstacle(kind, members, x)
+            if reason is not None:
                 for member in members:
                     x = member(x)
+                self.parts.leave(reason or None)
             elif kind == "norm":
                 x = normed(members[0], x)
             else:
@@ -103,8 +106,13 @@ def has_pairs(module: nn.Module) -> bool:
 class FusedGEGLU(Fused):
     """a * gelu(b) with [a, b] = proj(x) in one operator; the layer is called as it is."""
 
+    def check_class(self) -> None:
+        if not known.is_geglu(self.owner):
+            raise Left(f"the forward of {type(self.owner).__name__} was replaced")
+
     def fused(self, x: Any = None, *more: Any, **options: Any) -> Any:
-        check(self.parts.rewrites.geglu and not more and not options and known.is_geglu(self.owner))
+        check(self.parts.rewrites.geglu)
+        taken(not more and not options)
         owner: Any = self.owner
         leave(unfit(x, tuple(owner.parameters()) if torch.is_grad_enabled() else ()))
         projected = owner.proj(x)
@@ -117,7 +125,7 @@ class FusedGEGLU(Fused):
 REPLACEMENTS: tuple[tuple[Callable[[nn.Module], bool], type[Fused]], ...] = (
     (has_pairs, FusedSequential),
     (known.is_geglu, FusedGEGLU),
-    *library_blocks.REPLACEMENTS,
+    *((kind.proves, kind) for kind in (FusedResnet, FusedUpsample, FusedAttention, FusedTransformerBlock)),
 )
 """What proves that a module's forward may be replaced, and what replaces it."""
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.models.packs import PAIRED, Known, Packed, Packs, extension, has_products
+from fastdiff.models.packs import PAIRED, Known, Packed, Packs, extension, widens
+from fastdiff.models.processor import this
 from fastdiff.models.winograd import filters, tile
 from fastdiff.ops import fold_upsample
 
@@ -17,8 +18,10 @@ __all__ = ["apply", "convolve", "convolve_both", "convolve_doubled", "doubles", 
 
 _FOLDED = 16
 """Outputs whose weights are folded at a time."""
+_PIXELS = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+"""Taps, stride, padding, dilation and groups of a convolution that looks at single pixels."""
 _PHASES = ((2, 2), (1, 1), (1, 1), (1, 1), 1)
-"""Taps, stride, padding, dilation and groups of the convolution that gives the four phases of an upsampled map."""
+"""The same of the convolution that gives the four phases of an upsampled map."""
 
 
 def takes(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs | None, *, second: Tensor | None = None) -> bool:
@@ -34,7 +37,9 @@ def convolve(
     if packs is None or known is None:
         y = conv(x) if bias else F.conv2d(x, cast(Tensor, conv.weight), None, *_geometry(conv)[1:])
         return y if addend is None else addend + y
-    weight, own_bias = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias) if bias else None
+    # Asking the module takes longer, by as much as the rest of this.
+    weight: Any = conv._parameters["weight"]
+    own_bias = conv._parameters["bias"] if bias else None
     return _convolve(weight, own_bias, lambda: weight, x, _geometry(conv), packs, known, addend=addend)
 
 
@@ -48,7 +53,7 @@ def _addable(addend: Tensor | None, x: Tensor) -> bool:
 def convolve_doubled(conv: nn.Conv2d, x: Tensor, packs: Packs, *, bias: bool) -> Tensor:
     """The 3x3 convolution conv of x at twice its size, as `fastdiff.ops.upsample_conv`; for what `doubles` allows."""
     geometry, known = _geometry(conv), cast(Known, packs.known((conv,), x, always=True))
-    if _in_tiles(x, len(conv.weight), geometry, doubled=True):
+    if _in_tiles(x, len(conv.weight), geometry, packs, doubled=True):
         plain_bias = conv.bias if bias else None
         return _convolve(conv.weight, plain_bias, lambda: conv.weight, x, geometry, packs, known, doubled=True)
     own_bias = None
@@ -90,21 +95,21 @@ def _convolve(
     taps, stride, padding, dilation, groups = geometry
     held: Packed = packs.kept(known, (geometry, part), (weight,), Packed)
     compiled = extension()
-    if x.dtype == torch.float32 and compiled is not None:
+    if widens(x.dtype):
         packed = held.at(None, lambda: compiled.pack_weight(make().detach()))
         outputs = len(weight) * (4 if geometry is _PHASES else 1)
-        size = tile(x.shape, outputs, geometry, doubled=doubled)
+        size = tile(x.shape, outputs, geometry, doubled=doubled) if packs.winograd else 0
         if size:
             filtered: Tensor = compiled.winograd(x, packed, bias, addend, outputs, padding, size, doubled)
             return filtered
         y: Tensor = compiled.conv_packed(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
-    if _in_tiles(x, len(weight), geometry, doubled=doubled):
+    if _in_tiles(x, len(weight), geometry, packs, doubled=doubled):
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(make().detach()))
         rounded: Tensor = compiled.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
         return rounded
     outputs = len(weight) * (4 if geometry is _PHASES else 1)
-    if held.takes_pairs(x, x.shape[1], x.numel() * outputs * taps[0] * taps[1] // (stride[0] * stride[1])):
+    if held.takes_pairs(x, x.numel() * outputs * taps[0] * taps[1] // (stride[0] * stride[1])):
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(make().detach()))
         product: Tensor = compiled.convolve_bfloat16(x, packed, bias, addend, outputs, taps, stride, padding)
         return product
@@ -121,17 +126,24 @@ def _convolve(
     return run.binary(x, addend, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None)
 
 
-def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
+def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], packs: Packs, *, doubled: bool = False) -> bool:
     """Whether the convolution is made by Winograd's filtering."""
-    if x.dtype == torch.float32:
-        return extension() is not None and tile(x.shape, outputs, geometry, doubled=doubled) > 0
-    return x.dtype == torch.bfloat16 and has_products() and filters(x.shape, outputs, geometry, doubled=doubled)
+    if not packs.winograd:
+        return False
+    if widens(x.dtype):
+        return tile(x.shape, outputs, geometry, doubled=doubled) > 0
+    return x.dtype == torch.bfloat16 and this().filtered and filters(x.shape, outputs, geometry, doubled=doubled)
 
 
 def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
-    """conv of x and `second` as if concatenated along the channels: the sum of a product each."""
+    """conv of x and `second` as if concatenated along the channels: in float32 the sum of a product each."""
     weight, bias, channels = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias), x.shape[1]
     geometry, known = _geometry(conv), cast(Known, packs.known((conv,), x, second))
+    if geometry == _PIXELS and x.dtype == torch.bfloat16 and this().filtered:
+        held, compiled = packs.kept(known, (geometry, "both"), (weight,), Packed), extension()
+        packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(weight.detach()))
+        product: Tensor = compiled.convolve_both_bfloat16(x, second, packed, bias, len(weight))
+        return product
     y = _convolve(weight, bias, lambda: weight[:, :channels], x, geometry, packs, known, part=1)
     return _convolve(weight, None, lambda: weight[:, channels:], second, geometry, packs, known, part=2, addend=y)
 
@@ -157,11 +169,11 @@ def products(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs, *, addend: 
     held: Packed = packs.kept(known, "linear", weights, Packed)
     compiled = extension()
     outputs = sum(weight.shape[0] for weight in weights)
-    if x.dtype == torch.float32 and compiled is not None:
+    if widens(x.dtype):
         packed = held.at(None, lambda: compiled.pack_weight(_joined(weights)))
         return _product(compiled.multiply, compiled.conv_packed, x, packed, bias, outputs, addend)
     rows = x.numel() // x.shape[-1]
-    if held.takes_pairs(x, x.shape[-1], x.numel() * outputs):
+    if held.takes_pairs(x, x.numel() * outputs):
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(_joined(weights)))
         return _product(compiled.multiply_bfloat16, compiled.convolve_bfloat16, x, packed, bias, outputs, addend)
     packed = held.at(rows, lambda: torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))

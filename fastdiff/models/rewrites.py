@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from fastdiff.errors import InputError
 
 
-def _rewrite(what: str) -> bool:
-    return field(default=True, metadata={"what": what})
+def _rewrite(what: str, *needs: str) -> bool:
+    """needs: the rewrites without which this one changes nothing."""
+    return field(default=True, metadata={"what": what, "needs": needs})
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,22 @@ class Rewrites:
     time_cache: bool = _rewrite("time embeddings and their projections are computed once for all steps of a run")
     modulation_cache: bool = _rewrite("adaptive norms' scales and shifts are computed once for all steps of a run")
     sampler_step: bool = _rewrite("a pipeline's scheduler takes its step in one operator")
-    split_skip: bool = _rewrite("a stored map is read beside its partner and never concatenated with it")
-    folded_bias: bool = _rewrite("a convolution's bias and the time are added where the next GroupNorm reads them")
-    folded_residual: bool = _rewrite("a block's sum is made by its last product, or where the next GroupNorm reads it")
+    split_skip: bool = _rewrite(
+        "a stored map is read beside its partner and never concatenated with it", "group_norm_silu"
+    )
+    folded_bias: bool = _rewrite(
+        "a convolution's bias and the time are added where the next GroupNorm reads them", "group_norm_silu"
+    )
+    folded_residual: bool = _rewrite(
+        "a block's sum is made by its last product, or where the next GroupNorm reads it",
+        *("unit_scale", "group_norm_silu"),
+    )
     qkv: bool = _rewrite("queries, keys and values are one matrix product")
     prepacked: bool = _rewrite("convolutions and products on the CPU read weights that were laid out for them once")
+    winograd: bool = _rewrite(
+        "3x3 convolutions on the CPU are made by Winograd's filtering, with fewer multiplications",
+        *("channels_last", "prepacked"),
+    )
     arena: bool = _rewrite("on the CPU a call's temporaries lie where those of the call before lay")
 
     @classmethod
@@ -54,3 +66,9 @@ class Rewrites:
 def names() -> tuple[str, ...]:
     """All rewrites, in the order of `Rewrites`."""
     return tuple(each.name for each in fields(Rewrites))
+
+
+def needed(name: str) -> tuple[str, ...]:
+    """The rewrites without which that one changes nothing."""
+    found: tuple[str, ...] = next(each.metadata["needs"] for each in fields(Rewrites) if each.name == name)
+    return found

@@ -17,25 +17,16 @@ from torch.nn.modules import module as torch_module
 from fastdiff.errors import InputError
 from fastdiff.models.attention import PackedAttention
 from fastdiff.models.caches import Cache
-from fastdiff.models.forward import Forward, replacer
+from fastdiff.models.facts import Facts, difference, full_name, written_over
 from fastdiff.models.kept import caches, copies
-from fastdiff.models.leaf import is_own
 
 _LEAVES = (nn.Linear, nn.Conv2d)
 """Other code may put layers of its own in their place; ours call whatever lies there."""
 _SHARED = (*_LEAVES, nn.LayerNorm, nn.Embedding)
 """The other network's objects take the place of ours. Other modules of ours only read the other's parameters."""
-_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
-"""Ways of computing one and the same attention."""
-_ADDED_PROCESSORS = tuple(name.replace("Attn", "AttnAddedKV") for name in _PROCESSORS)
-"""The same where the text has projections of its own."""
-_FREE = frozenset({"training", "gradient_checkpointing", "sliceable_head_dim", "enabled", "fused_projections"})
-"""Attributes that change how a module of the library computes but not what."""
 _FUSED = frozenset({"to_qkv", "to_kv"})
 """Layers of an attention that only a processor for fused projections reads; they stay when it has gone."""
 _HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-_AUTHORS = ("diffusers", "torch")
-"""Where the forwards of the library's modules are written."""
 
 _parents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _changes = 0
@@ -60,33 +51,6 @@ def _watch_changes() -> None:
         if not _watched:
             torch_module.register_module_module_registration_hook(_count_change)
             _watched = True
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a module of the library is when its class has just made it."""
-
-    kind: type
-    values: Mapping[str, Any]
-    children: frozenset[str]
-    shapes: Mapping[str, torch.Size | None]
-
-
-def facts(module: nn.Module) -> dict[str, Facts]:
-    """The facts of a module and of all inside it, by their paths."""
-    return {
-        path: Facts(
-            type(inner),
-            {name: value for name, value in vars(inner).items() if name[0] != "_" and _is_value(value)},
-            frozenset(name for name, child in inner._modules.items() if child is not None),
-            {name: None if p is None else p.shape for name, p in inner._parameters.items()},
-        )
-        for path, inner in module.named_modules(remove_duplicate=False)
-    }
-
-
-def _is_value(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | tuple)
 
 
 @dataclass
@@ -224,7 +188,9 @@ class Shared:
         known = self._known[path]
         if type(module) is not known.kind:
             state.replaced.append(module)
-            return None if known.kind in _LEAVES else f"{path} is a {_name(type(module))}, not a {known.kind.__name__}"
+            return (
+                None if known.kind in _LEAVES else f"{path} is a {full_name(type(module))}, not a {known.kind.__name__}"
+            )
         held = vars(module)
         state.kinds.setdefault(known.kind, known.kind.forward)
         if known.children or path == "":
@@ -237,47 +203,17 @@ class Shared:
         attends = "processor" in held
         if attends:
             state.attentions.append(held)
-        reasons = [_written_over(known.kind), _difference(module, path, known) if path else None]
+        reasons = [written_over(known.kind), difference(module, path, known) if path else None]
         for name, child in held["_modules"].items():
             if child is not None and not (attends and name in _FUSED):
                 inside = f"{path}.{name}" if path else name
                 if name not in known.children:
-                    reasons.append(f"{inside} ({_name(type(child))}) is not of its configuration")
+                    reasons.append(f"{inside} ({full_name(type(child))}) is not of its configuration")
                 else:
                     reasons.append(self._examine(child, inside, state))
         if missing := known.children - {name for name, child in held["_modules"].items() if child is not None}:
             reasons.append(f"{path}.{min(missing)} is missing")
         return next(filter(None, reasons), None)
-
-
-def _difference(module: nn.Module, path: str, known: Facts) -> str | None:
-    """What is not as the configuration made it in the module itself."""
-    held = vars(module)
-    if held["_forward_hooks"] or held["_forward_pre_hooks"]:
-        return f"{path} has a forward hook"
-    for name, value in held.items():
-        if name in known.values and name not in _FREE:
-            if not _is_value(value) or value != known.values[name]:
-                return f"{path}.{name} is {value!r}, not {known.values[name]!r}"
-        elif (
-            callable(getattr(type(module), name, None)) and not isinstance(value, Forward) and not is_own(module, name)
-        ):
-            return f"{path}.{name} was replaced by {replacer(module, value)}"
-    processor = held.get("processor")
-    names = _PROCESSORS if held.get("added_kv_proj_dim") is None else _ADDED_PROCESSORS
-    if processor is not None and not _is_library_processor(processor, names):
-        return f"{path} has the attention processor {_name(type(processor))}"
-    shapes = {name: None if p is None else p.shape for name, p in held["_parameters"].items()}
-    if shapes != known.shapes:
-        return f"{path} has the parameters {shapes}, not {dict(known.shapes)}"
-    return None
-
-
-def _written_over(kind: type) -> str | None:
-    """Who has put another forward into a class, of which every module of that kind has it."""
-    forward = _forward(kind)
-    author = getattr(forward, "__globals__", {}).get("__name__", "torch")
-    return None if author.partition(".")[0] in _AUTHORS else f"{kind.__name__}.forward was replaced by {author}"
 
 
 def _watched_all() -> str | None:
@@ -287,18 +223,9 @@ def _watched_all() -> str | None:
     return "all modules have a forward hook" if others else None
 
 
-def _is_library_processor(processor: Any, names: tuple[str, ...]) -> bool:
-    kind = type(processor)
-    return kind.__name__ in names and kind.__module__.startswith("diffusers.")
-
-
 def _places(network: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(path of the parent, name, the parent's children) of each layer that an object of the original replaces."""
     for path, parent in network.named_modules():
         for name, child in parent._modules.items():
             if type(child) in _SHARED:
                 yield path, name, parent._modules
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

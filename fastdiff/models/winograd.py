@@ -6,6 +6,7 @@ instead of 9 m^2 (Lavin & Gray, arXiv:1509.09308, section 4). A pixel that is no
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 __all__ = ["filters", "tile"]
@@ -21,10 +22,13 @@ _FEWEST_TILES = 16
 """For bfloat16: below, transforming weights takes longer than what it saves."""
 _FEWEST = 32
 """Channels and outputs, for bfloat16: with fewer there is little but transforms."""
+_KEPT = 4096
+"""Answers of each function that are remembered: finding one takes as long as a small layer."""
 _GAIN = 0.9
 """Tiles of 4 round twice as much as tiles of 2, so that they have to gain something."""
 
 
+@lru_cache(_KEPT)
 def tile(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> int:
     """Results in a row and a column of a tile, 2 or 4; 0 where the convolution is made directly.
 
@@ -48,6 +52,7 @@ def tile(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, dou
     return best
 
 
+@lru_cache(_KEPT)
 def filters(shape: tuple[int, ...], outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
     """Whether a convolution of bfloat16 is made in tiles of 2 x 2 results; its weights lie in pairs of channels."""
     height, width = _result(shape, geometry, doubled)

@@ -13,7 +13,7 @@ from fastdiff.errors import InputError
 from fastdiff.noise import STREAM_INITIAL
 from fastdiff.ops import checks, network_checks, reference
 from fastdiff.ops.calling import call as _call
-from fastdiff.ops.calling import explanation, plain_step
+from fastdiff.ops.calling import explanation, plain_norm, plain_step
 from fastdiff.ops.convolution import conv_bias_residual, fold_upsample, upsample_conv
 from fastdiff.ops.dispatch import REGISTERED, Report, report
 from fastdiff.ops.langevin import langevin_correct
@@ -209,6 +209,10 @@ def group_norm_silu(
     silu=False leaves the activation out. float32 arithmetic and statistics, with no cancellation for large means.
     Source: Wu & He, "Group Normalization", 2018; Elfwing et al., "Sigmoid-Weighted Linear Units", 2017.
     """
+    if residual is None and not return_sum:
+        plain = plain_norm(x, groups, weight, bias, eps, silu, addend, second)
+        if plain is not None:
+            return plain
     network_checks.group_norm_silu(x, groups, weight, bias, addend, residual, second)
     layout = reference.memory_format(x, second)
     if residual is not None:

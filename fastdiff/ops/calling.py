@@ -35,6 +35,11 @@ def plain_step(*args: Any) -> Any:
     return None if _explaining.get() else dispatch.plain_step(*args)
 
 
+def plain_norm(*args: Any) -> Any:
+    """`dispatch.plain_norm`, but for a call that is only being asked about."""
+    return None if _explaining.get() else dispatch.plain_norm(*args)
+
+
 def explanation(public: Callable[[], Any]) -> str:
     """What `dispatch.explain` says of the call that `public` makes; nothing is computed."""
     token = _explaining.set(True)

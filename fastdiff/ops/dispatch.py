@@ -89,6 +89,8 @@ def report(*, reset: bool = False) -> Report:
     with _lock:
         if plain := native.take_plain_steps():
             _used["sampler_step", "native"] += plain
+        if plain := native.take_plain_norms():
+            _used["group_norm_silu", "native"] += plain
         result = Report(dict(_used), dict(_fallbacks), copies, left, native.arenas(reset=reset))
         if reset:
             _used.clear()
@@ -209,6 +211,15 @@ def plain_step(
     if step is None:
         return None
     return step(x, model_output, table, row, anchor, history, noise, new_history, new_anchor)
+
+
+def plain_norm(*args: Any) -> Any:
+    """What the extension's `plain_norm` gives for these arguments; None where the call has to take the long way, which
+    takes as long as a small norm."""
+    if _is_compiling() or config.forced_backend("group_norm_silu") not in (None, "native"):
+        return None
+    norm = native.plain_norm()
+    return None if norm is None else norm(*args)
 
 
 def call(name: str, args: tuple[Any, ...]) -> Any:

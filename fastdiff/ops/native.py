@@ -62,10 +62,23 @@ def bare_step() -> Callable[..., Any] | None:
     return None if isinstance(module, str) else module.bare_step
 
 
+@cache
+def plain_norm() -> Callable[..., Any] | None:
+    """The compiled norm that checks its own arguments, or None."""
+    module = extension()
+    return None if isinstance(module, str) else module.plain_norm
+
+
 def take_plain_steps() -> int:
     """How many calls `plain_step` and `bare_step` have taken since this was last asked."""
     module = extension()
     return 0 if isinstance(module, str) else int(module.take_plain_steps())
+
+
+def take_plain_norms() -> int:
+    """How many calls `plain_norm` has taken since this was last asked."""
+    module = extension()
+    return 0 if isinstance(module, str) else int(module.take_plain_norms())
 
 
 @dataclass(frozen=True)

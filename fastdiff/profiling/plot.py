@@ -16,6 +16,8 @@ __all__ = ["check", "draw"]
 
 FORMATS = ("png", "svg", "pdf")
 OTHERS = "all others"
+_COLOURS = ("#bdbdbd", "#7fb3e0", "#1f4e9c")
+"""Of the last codes; the last is the darkest."""
 
 
 def check(path: Path) -> None:
@@ -27,8 +29,9 @@ def check(path: Path) -> None:
 
 
 def draw(rows: Sequence[Line], path: Path, *, layers: int = 24) -> None:
-    """A panel for each model, shape and dtype, in it so many of the longest layers, and one bar for all others. The
-    black line of a bar is the layer's roofline. Codes are told apart by colour, in the order of the rows."""
+    """A panel for each model, shape and dtype, in it so many of the longest layers, and one bar for all others, each
+    with the rate that it reaches. The black line of a bar is the layer's roofline. Codes are told apart by colour, in
+    the order of the rows."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -39,45 +42,65 @@ def draw(rows: Sequence[Line], path: Path, *, layers: int = 24) -> None:
         panels.setdefault((row["model"], row["shape"], row["dtype"]), []).append(row)
     wide = 2 if len(panels) > 1 else 1
     deep = -(-len(panels) // wide)
+    bars = max(len(_codes(measured)) for measured in panels.values()) * (layers + 1)
     figure, axes = pyplot.subplots(
-        deep, wide, figsize=(9 * wide, 0.34 * (layers + 5) * deep), layout="constrained", squeeze=False
+        deep, wide, figsize=(7.5 * wide, (0.11 * bars + 1.1) * deep), layout="constrained", squeeze=False
     )
     for place, (title, measured) in zip(axes.flat, panels.items(), strict=False):
         _panel(place, ", ".join(title), measured, layers)
     for place in axes.flat[len(panels) :]:
         place.set_axis_off()
-    figure.suptitle(f"time of a step's layers; {rows[0]['hardware']}, {rows[0]['threads']} threads", fontsize=9)
+    figure.suptitle(f"time of a step's layers; {rows[0]['hardware']}, {rows[0]['threads']} threads", fontsize=10)
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lower().removeprefix("."), dpi=110)
+    figure.savefig(picture, format=path.suffix.lower().removeprefix("."), dpi=130)
     pyplot.close(figure)
     write_atomic(path, picture.getvalue())
 
 
 def _panel(axes: Any, title: str, rows: Sequence[Line], layers: int) -> None:
-    codes = list(dict.fromkeys(row["code"] for row in rows))
-    times = {(row["code"], _name(row)): row for row in rows}
+    codes = _codes(rows)
+    found = {(row["code"], _name(row)): row for row in rows}
     names = list(dict.fromkeys(_name(row) for row in rows))
-    names.sort(key=lambda name: -max(_number(times.get((code, name)), "time_us") for code in codes))
+    names.sort(key=lambda name: -max(_number(found.get((code, name)), "time_us") for code in codes))
     shown, others = names[:layers], names[layers:]
-    height = 0.84 / len(codes)
+    height = 0.86 / len(codes)
     for index, code in enumerate(codes):
         step = next(row["step_us"] for row in rows if row["code"] == code)
-        lengths = [_number(times.get((code, name)), "time_us") for name in shown]
-        lengths.append(sum(_number(times.get((code, name)), "time_us") for name in others))
+        measured = [found.get((code, name)) for name in shown]
+        lengths = [_number(row, "time_us") / 1e3 for row in measured]
+        lengths.append(sum(_number(found.get((code, name)), "time_us") for name in others) / 1e3)
         places = [place + (index - (len(codes) - 1) / 2) * height for place in range(len(lengths))]
-        axes.barh(places, [length / 1e3 for length in lengths], height, label=f"{code}, {float(step) / 1e3:.4g} ms")
-        best = [_number(times.get((code, name)), "roofline_us") / 1e3 for name in shown]
-        for place, limit in zip(places, best, strict=False):
+        colour = _COLOURS[(index - len(codes)) % len(_COLOURS)]
+        axes.barh(places, lengths, 0.92 * height, color=colour, label=f"{code}, {float(step) / 1e3:.4g} ms")
+        for place, length, row in zip(places, lengths, measured, strict=False):
+            limit = _number(row, "roofline_us") / 1e3
             if limit:
-                axes.plot([limit, limit], [place - height / 2, place + height / 2], color="black", linewidth=1.2)
-    axes.set_yticks(range(len(shown) + 1), [*shown, f"{OTHERS} ({len(others)})"], fontsize=7)
+                axes.plot([limit, limit], [place - height / 2, place + height / 2], color="black", linewidth=1.0)
+            text = _rate(row) if length else ""
+            axes.annotate(
+                text, (max(length, limit), place), (3, 0), textcoords="offset points", va="center", fontsize=6
+            )
+    axes.set_yticks(range(len(shown) + 1), [*shown, f"{OTHERS} ({len(others)})"], fontsize=8)
     axes.set_ylim(len(shown) + 0.6, -0.6)
-    axes.set_xlabel("ms of a step; black: the machine's roofline", fontsize=7)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.set_title(title, fontsize=9, loc="left")
-    # Above the bars, of which the last may reach as far as any.
-    axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(codes), frameon=False)
+    axes.margins(x=0.12)
+    axes.set_xlabel("ms of a step; black: what the machine's measured rates allow", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    peak = _number(rows[0], "peak_gflops_per_second")
+    axes.set_title(title + (f"; the machine reaches {peak:.0f} GFLOP/s" if peak else ""), fontsize=9, loc="left")
+    # The longest layers come first, so that there is room under them.
+    axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.3), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _codes(rows: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(row["code"] for row in rows))
+
+
+def _rate(row: Line | None) -> str:
+    """What is reached of what bounds the layer."""
+    computing = row is not None and row.get("bound") == "compute"
+    rate = _number(row, "gflops_per_second" if computing else "gbytes_per_second")
+    return f"{rate:.0f} G{'FLOP' if computing else 'B'}/s" if rate else ""
 
 
 def _name(row: Line) -> str:
@@ -85,4 +108,4 @@ def _name(row: Line) -> str:
 
 
 def _number(row: Line | None, column: str) -> float:
-    return 0.0 if row is None else float(row[column] or 0.0)
+    return 0.0 if row is None else float(row.get(column) or 0.0)

@@ -17,6 +17,7 @@ Line = Mapping[str, str]
 COLUMNS = (
     *("model", "shape", "dtype", "threads", "hardware", "code", "step_us", "operator", "layer", "calls", "time_us"),
     *("share", "gflop", "gbyte", "gflops_per_second", "gbytes_per_second", "roofline_us", "roofline_share", "bound"),
+    "peak_gflops_per_second",
 )
 _HEAD = ("calls", "time", "share", "GFLOP/s", "GB/s", "roofline", "bound")
 
@@ -53,6 +54,7 @@ def lines(profile: Profile, facts: Line) -> list[Line]:
             "roofline_us": _short(row.best * 1e6),
             "roofline_share": _short(_rate(row.best * 1e9, row)),
             "bound": bound(row),
+            "peak_gflops_per_second": _short(profile.peak / 1e9),
         }
         for row in profile.rows
     ]

@@ -77,6 +77,53 @@ def test_layers_counted_by_hand():
     assert strided["aten::convolution"] == Cost(1, 2 * out * 8 * 9, 4 * (picture.numel() + 6 * 8 * 9 + out))
 
 
+def test_convolutions_in_tiles():
+    """36 products for 4 x 4 results of Winograd's filtering instead of 9 for each."""
+    with FakeTensorMode():
+        x, small = torch.zeros(2, 128, 16, 16), torch.zeros(2, 128, 8, 8)
+        weight, folded = torch.zeros(64, 128, 3, 3), torch.zeros(4 * 64, 128, 2, 2)
+        calls = (
+            lambda: F.conv2d(x, weight, padding=1),
+            lambda: ops.conv_bias_residual(x, weight, None, None, 1, 1),
+            lambda: ops.upsample_conv(small, folded, None),
+        )
+        others = (
+            lambda: F.conv2d(x, weight, padding=1, stride=2),
+            lambda: F.conv2d(x, torch.zeros(64, 2, 3, 3), groups=64),
+            lambda: F.conv_transpose2d(small, torch.zeros(128, 64, 3, 3)),
+            lambda: F.linear(x, torch.zeros(8, 16)),
+        )
+        for call in calls:
+            direct, filtered = count(call).total, count(call, filtered=True).total
+            assert filtered == Cost(direct.launches, 2 * (2 * 4 * 4) * 36 * 128 * 64, direct.bytes)
+            assert filtered.flops < direct.flops
+        for call in others:
+            assert count(call).total == count(call, filtered=True).total
+
+
+def test_the_row_of_winograd_alone_counts_in_tiles():
+    layout = Layout(
+        "wide",
+        diffusers.AutoencoderKL,
+        AutoencoderKL,
+        {"block_out_channels": [128, 128], "norm_num_groups": 4, **_stages(2)},
+        {"sample": (1, 4, 8, 8)},
+        "decoder",
+    )
+    found = {step.name: step for step in rewrites.steps(layout)}
+    whole, filtered = found["prepacked"].cost, found["winograd"].cost
+    assert (filtered.launches, filtered.bytes) == (whole.launches, whole.bytes)
+    assert filtered.flops < 0.6 * whole.flops
+    assert found["winograd"].without == whole
+    assert found["arena"].cost == filtered
+    assert found["arena"].without == whole
+    lines = rewrites.markdown(rewrites.rows([layout])).splitlines()
+    own = next(line for line in lines if line.startswith("| `winograd` |"))
+    saved = (whole.flops - filtered.flops) / 1e9
+    assert own.endswith(f"| {filtered.flops / 1e9:.1f} | {filtered.bytes / 1e9:.2f} | 0 | {saved:.1f} | 0.00 |")
+    assert lines[-1].endswith("`prepacked`, `arena`.")
+
+
 def test_repeated_and_overwritten_memory_is_counted_as_it_lies():
     with FakeTensorMode():
         a, b, row = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(1, 6)
@@ -110,7 +157,8 @@ def test_the_steps_of_a_small_autoencoder():
     pixels = 12 * 12
     doubling = 2 * pixels * 8 * 8 * (9 - 4)
     assert found["add_layer_norm"].flops - found["upsample_conv"].flops == doubling
-    without, whole = {step.name: step.without for step in steps}, steps[-1].cost
+    without = {step.name: step.without for step in steps}
+    whole = without["winograd"]
     assert without["diffusers"] is without["none"] is None
     assert without["upsample_conv"].flops - whole.flops == doubling
     # The first and the last map change their layout, but pictures of so few channels lie in both at once.

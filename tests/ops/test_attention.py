@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import CUDA, DEVICE
 from inputs import DTYPES, normal
 from tolerance import assert_close_to_truth
 from torch import Tensor
@@ -19,8 +20,6 @@ from fastdiff import ops
 from fastdiff.errors import BackendError, InputError
 from fastdiff.ops import reference
 
-CUDA = torch.cuda.is_available()
-DEVICE = {"native": "cpu", "torch": "cpu", "triton": "cuda" if CUDA else "cpu"}
 BACKENDS = tuple(DEVICE)
 
 
@@ -184,14 +183,13 @@ def test_empty_batch(backend: str) -> None:
     [Shape(2, 3, 70, 130, 40), Shape(1, 1, 300, 20, 8), Shape(3, 1, 5, 130, 40), Shape(1, 1, 59, 150, 40)],
     ids=str,
 )
+@pytest.mark.usefixtures("many_threads")
 def test_threads_do_not_change_a_bit(shape: Shape, dtype: torch.dtype) -> None:
-    before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         with fastdiff.use_backend("native"):
             results.append(ops.attention(*inputs(shape, dtype)))
-    torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

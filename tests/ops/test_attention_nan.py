@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import DEVICE
 from inputs import normal
 
 import fastdiff
 from fastdiff import ops
-
-DEVICE = {"native": "cpu", "torch": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import BACKENDS, channels_last, layer
 from inputs import DTYPES, LAYOUTS, normal
 from tolerance import assert_close_to_truth
 from torch import Tensor
@@ -18,9 +18,6 @@ from fastdiff import ops
 from fastdiff.errors import BackendError, InputError
 from fastdiff.ops import reference, triton
 from fastdiff.ops.torch_library import onednn_dtypes
-
-CUDA = torch.cuda.is_available()
-DEVICE = {"native": "cpu", "torch": "cpu", "triton": "cuda" if CUDA else "cpu", "reference": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,9 @@ TYPICAL = CONVS[4]
 
 def inputs(conv: Conv, dtype: torch.dtype, mean: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, weight, bias and residual."""
-    x = normal(conv.batch, conv.channels, *conv.size, dtype=dtype, mean=mean)
-    weight = normal(conv.outputs, conv.channels, *conv.taps, seed=1, dtype=torch.float64)
-    weight = (weight / math.sqrt(weight[0].numel())).to(dtype)
+    x, weight, bias = layer(conv.batch, conv.channels, conv.outputs, conv.size, conv.taps, dtype=dtype, mean=mean)
     shape = F.conv2d(x.to("meta"), weight.to("meta"), None, conv.stride, conv.padding).shape
-    return x, weight, normal(conv.outputs, seed=2, dtype=dtype), normal(*shape, seed=3, dtype=dtype)
+    return x, weight, bias, normal(*shape, seed=3, dtype=dtype)
 
 
 def composite(conv: Conv, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -69,7 +64,7 @@ def composite(conv: Conv, x: Tensor, weight: Tensor, bias: Tensor | None, residu
 
 
 def run(backend: str, conv: Conv, *tensors: Tensor | None) -> Tensor:
-    moved = (None if value is None else value.to(DEVICE[backend]) for value in tensors)
+    moved = (None if value is None else value.to(BACKENDS[backend]) for value in tensors)
     with fastdiff.use_backend({"conv_bias_residual": backend}):
         return ops.conv_bias_residual(*moved, conv.stride, conv.padding).cpu()  # type: ignore[misc]
 
@@ -86,7 +81,7 @@ def check(backend: str, conv: Conv, x: Tensor, *others: Tensor | None) -> Tensor
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("conv", CONVS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_against_the_truth(backend: str, dtype: torch.dtype, conv: Conv, layout: torch.memory_format) -> None:
     x, *others = inputs(conv, dtype)
     check(backend, conv, x.contiguous(memory_format=layout), *others)
@@ -95,7 +90,7 @@ def test_against_the_truth(backend: str, dtype: torch.dtype, conv: Conv, layout:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("given", ["bias", "residual", "neither"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_truth_with_less_to_add(backend: str, dtype: torch.dtype, given: str, layout: torch.memory_format) -> None:
     x, weight, bias, residual = inputs(TYPICAL, dtype, mean=100.0)
     less = (bias if given == "bias" else None, residual if given == "residual" else None)
@@ -118,7 +113,7 @@ def test_stride_and_padding_are_those_of_a_convolution_unless_given() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_half_precision_result_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
     """256 + 1 + 256 * -1 = 1: rounded before the residual is added, 257 would be 256."""
     if backend == "torch" and dtype not in onednn_dtypes():
@@ -130,7 +125,7 @@ def test_a_half_precision_result_is_rounded_once(backend: str, dtype: torch.dtyp
     assert torch.equal(out, torch.ones_like(residual))
 
 
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend: str) -> None:
     x, weight, bias, residual = inputs(Conv(2, 24, 12, (12, 10)), torch.float32)
     view, part, every_other = x[:, ::2, ::3, 1:], weight[:, 12:], bias.repeat_interleave(2)[::2]
@@ -144,9 +139,9 @@ def test_any_strides(backend: str) -> None:
     torch.testing.assert_close(mixed, dense)
 
 
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_added_is_neither_kept_nor_written(backend: str) -> None:
-    x, weight, bias, residual = (value.to(DEVICE[backend]) for value in inputs(TYPICAL, torch.float32))
+    x, weight, bias, residual = (value.to(BACKENDS[backend]) for value in inputs(TYPICAL, torch.float32))
     before = residual.clone()
     with fastdiff.use_backend({"conv_bias_residual": backend}):
         out = ops.conv_bias_residual(x, weight, bias, residual, 1, 1)
@@ -154,7 +149,7 @@ def test_what_is_added_is_neither_kept_nor_written(backend: str) -> None:
     assert out.data_ptr() != residual.data_ptr()
 
 
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pixel_reaches_its_neighbours_and_no_other_sample(backend: str) -> None:
     conv = Conv(2, 5, 4, (4, 5))
     x, weight, bias, residual = inputs(conv, torch.float32)
@@ -168,22 +163,19 @@ def test_a_pixel_reaches_its_neighbours_and_no_other_sample(backend: str) -> Non
 
 
 @pytest.mark.parametrize("conv", [Conv(2, 16, 200, (24, 20)), Conv(1, 64, 300, (4, 4))], ids=["pixels", "outputs"])
+@pytest.mark.usefixtures("many_threads")
 def test_on_many_threads(conv: Conv) -> None:
     """The threads share the pixels, or the outputs where the pixels are few."""
     x, *others = inputs(conv, torch.float32)
-    x = x.contiguous(memory_format=torch.channels_last)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(check("native", conv, x, *others))
-    finally:
-        torch.set_num_threads(before)
+    x, results = channels_last(x), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(check("native", conv, x, *others))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("residual", [torch.zeros(0, 5, 4, 4), None], ids=["residual", "no residual"])
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch(backend: str, residual: Tensor | None) -> None:
     x, weight, bias, _ = inputs(Conv(1, 3, 5, (4, 4)), torch.float32)
     assert run(backend, TYPICAL, x[:0], weight, bias, residual).shape == (0, 5, 4, 4)
@@ -195,7 +187,7 @@ def test_an_empty_batch(backend: str, residual: Tensor | None) -> None:
 def test_opcheck(backend: str, added: bool, layout: torch.memory_format) -> None:
     x, *others = inputs(Conv(2, 4, 3, (3, 5), stride=2), torch.float32)
     values = (x.contiguous(memory_format=layout), others[0], *(others[1:] if added else (None, None)))
-    moved = (None if value is None else value.to(DEVICE[backend]) for value in values)
+    moved = (None if value is None else value.to(BACKENDS[backend]) for value in values)
     with fastdiff.use_backend({"conv_bias_residual": backend}):
         torch.library.opcheck(torch.ops.fastdiff.conv_bias_residual.default, (*moved, [2, 2], [1, 1]))
 

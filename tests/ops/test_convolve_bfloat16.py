@@ -24,14 +24,6 @@ CONVOLUTIONS = {  # samples, channels, height, width, outputs, taps, stride, pad
 CASES = [pytest.param(case, id=name) for name, case in CONVOLUTIONS.items()]
 
 
-@pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-threads")
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_rounded_once(y, exact, largest):
     """Within half a unit in the last place of the exact value, and what float32 sums of this size lose."""
     assert y.dtype == torch.bfloat16

@@ -154,16 +154,13 @@ def test_arguments_in_another_layout(target: Target) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", [*LARGE.values(), Shape((4, 32, 24, 24), 32)], ids=[*LARGE, "many groups"])
+@pytest.mark.usefixtures("many_threads")
 def test_threads_change_no_bit(shape: Shape, dtype: torch.dtype, layout: str) -> None:
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            given = tensors(shape, dtype, OPTIONS["sum"])
-            results.append(call(NATIVE, given | {"x": in_layout(given["x"], layout)}))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        given = tensors(shape, dtype, OPTIONS["sum"])
+        results.append(call(NATIVE, given | {"x": in_layout(given["x"], layout)}))
     for y, h in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(h, results[0][1])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
+from convolutions import BACKENDS, Shape, doubled_convolution
 from inputs import DTYPES, LAYOUTS, normal
 from tolerance import assert_close_to_truth
 from torch import Tensor
@@ -16,22 +15,6 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.errors import BackendError, InputError
 from fastdiff.ops import reference
-
-CUDA = torch.cuda.is_available()
-DEVICE = {"native": "cpu", "torch": "cpu", "triton": "cuda" if CUDA else "cpu", "reference": "cpu"}
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int
-    channels: int
-    outputs: int
-    height: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.channels}to{self.outputs}x{self.height}x{self.width}"
-
 
 SHAPES = [
     Shape(1, 1, 1, 1, 1),
@@ -44,34 +27,23 @@ SHAPES = [
 ]
 
 
-def composite(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula as networks write it, from the weight of the 3x3 convolution."""
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
-
-
-def inputs(shape: Shape, dtype: torch.dtype, mean: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    x = normal(shape.batch, shape.channels, shape.height, shape.width, dtype=dtype, mean=mean)
-    weight = normal(shape.outputs, shape.channels, 3, 3, seed=1, dtype=torch.float64).mul(shape.channels**-0.5)
-    return x, weight.to(dtype), normal(shape.outputs, seed=2, dtype=dtype)
-
-
 def check(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Against the float64 truth from the 3x3 weight, so that the rounding of the folded one counts too."""
-    folded, device = ops.fold_upsample(weight), DEVICE[backend]
+    folded, device = ops.fold_upsample(weight), BACKENDS[backend]
     with fastdiff.use_backend({"upsample_conv": backend}):
         out = ops.upsample_conv(x.to(device), folded.to(device), None if bias is None else bias.to(device))
-    truth = composite(x.double(), weight.double(), None if bias is None else bias.double())
+    truth = doubled_convolution(x.double(), weight.double(), None if bias is None else bias.double())
     assert out.dtype == x.dtype
     assert out.is_contiguous(memory_format=reference.memory_format(x))
-    assert_close_to_truth(out, truth, composite(x, weight, bias))
+    assert_close_to_truth(out, truth, doubled_convolution(x, weight, bias))
     return out.cpu()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_folding_is_exact_in_float64(shape: Shape) -> None:
-    x, weight, bias = inputs(shape, torch.float64)
+    x, weight, bias = shape.layer(torch.float64)
     out = ops.upsample_conv(x, ops.fold_upsample(weight), bias)
-    torch.testing.assert_close(out, composite(x, weight, bias), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, doubled_convolution(x, weight, bias), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -90,23 +62,23 @@ def test_folded_weights_are_sums_of_taps_rounded_once(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_against_the_truth(backend: str, dtype: torch.dtype, shape: Shape, layout: torch.memory_format) -> None:
-    x, weight, bias = inputs(shape, dtype)
+    x, weight, bias = shape.layer(dtype)
     check(backend, x.contiguous(memory_format=layout), weight, bias)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_truth_of_large_means_without_bias(backend: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    x, weight, _ = inputs(Shape(2, 33, 40, 7, 5), dtype, mean=100.0)
+    x, weight, _ = Shape(2, 33, 40, 7, 5).layer(dtype, mean=100.0)
     check(backend, x.contiguous(memory_format=layout), weight, None)
 
 
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend: str) -> None:
-    x, weight, bias = (t.to(DEVICE[backend]) for t in inputs(Shape(2, 24, 12, 12, 10), torch.float32))
+    x, weight, bias = (t.to(BACKENDS[backend]) for t in Shape(2, 24, 12, 12, 10).layer(torch.float32))
     view, folded, every_other = x[:, ::2, ::3, 1:], ops.fold_upsample(weight[:, :12]), bias.repeat_interleave(2)[::2]
     with fastdiff.use_backend({"upsample_conv": backend}):
         dense = ops.upsample_conv(view.contiguous(), folded, bias)
@@ -115,11 +87,11 @@ def test_any_strides(backend: str) -> None:
     torch.testing.assert_close(strided, dense)
 
 
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pixel_reaches_its_neighbours_and_no_other_sample(backend: str) -> None:
-    x, weight, bias = inputs(Shape(2, 5, 4, 4, 5), torch.float32)
+    x, weight, bias = Shape(2, 5, 4, 4, 5).layer(torch.float32)
     x[0, 2, 1, 2] = torch.nan
-    moved = (value.to(DEVICE[backend]) for value in (x, ops.fold_upsample(weight), bias))
+    moved = (value.to(BACKENDS[backend]) for value in (x, ops.fold_upsample(weight), bias))
     with fastdiff.use_backend({"upsample_conv": backend}):
         out = ops.upsample_conv(*moved).cpu()
     reached = torch.zeros(8, 10, dtype=torch.bool)
@@ -130,22 +102,22 @@ def test_a_pixel_reaches_its_neighbours_and_no_other_sample(backend: str) -> Non
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.usefixtures("many_threads")
 def test_phases_on_many_threads(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    x, weight, bias = inputs(Shape(2, 16, 48, 24, 20), dtype)
+    x, weight, bias = Shape(2, 16, 48, 24, 20).layer(dtype)
     x = x.contiguous(memory_format=layout)
-    before, results = torch.get_num_threads(), []
+    results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(check("native", x, weight, bias))
-    torch.set_num_threads(before)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
 
 
-@pytest.mark.parametrize("backend", DEVICE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch(backend: str) -> None:
-    x, weight, bias = inputs(Shape(0, 3, 5, 4, 4), torch.float32)
-    moved = (value.to(DEVICE[backend]) for value in (x, ops.fold_upsample(weight), bias))
+    x, weight, bias = Shape(0, 3, 5, 4, 4).layer(torch.float32)
+    moved = (value.to(BACKENDS[backend]) for value in (x, ops.fold_upsample(weight), bias))
     with fastdiff.use_backend({"upsample_conv": backend}):
         assert ops.upsample_conv(*moved).shape == (0, 5, 8, 8)
 
@@ -154,16 +126,16 @@ def test_an_empty_batch(backend: str) -> None:
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_opcheck(backend: str, biased: bool, layout: torch.memory_format) -> None:
-    x, weight, bias = inputs(Shape(2, 4, 3, 3, 5), torch.float32)
+    x, weight, bias = Shape(2, 4, 3, 3, 5).layer(torch.float32)
     values = (x.contiguous(memory_format=layout), ops.fold_upsample(weight), bias if biased else None)
-    moved = tuple(None if value is None else value.to(DEVICE[backend]) for value in values)
+    moved = tuple(None if value is None else value.to(BACKENDS[backend]) for value in values)
     with fastdiff.use_backend({"upsample_conv": backend}):
         torch.library.opcheck(torch.ops.fastdiff.upsample_conv.default, moved)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_compiles_without_graph_breaks(layout: torch.memory_format) -> None:
-    x, weight, bias = inputs(Shape(2, 4, 3, 3, 5), torch.float32)
+    x, weight, bias = Shape(2, 4, 3, 3, 5).layer(torch.float32)
     x = x.contiguous(memory_format=layout)
 
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -176,7 +148,7 @@ def test_compiles_without_graph_breaks(layout: torch.memory_format) -> None:
 
 
 def test_gradients_through_the_reference() -> None:
-    x, weight, bias = (value.requires_grad_() for value in inputs(Shape(1, 2, 2, 2, 3), torch.float64))
+    x, weight, bias = (value.requires_grad_() for value in Shape(1, 2, 2, 2, 3).layer(torch.float64))
     with pytest.raises(InputError, match="upsample_conv: an input requires grad"):
         ops.upsample_conv(x, ops.fold_upsample(weight), bias)
     with fastdiff.use_backend("reference"):
@@ -219,7 +191,7 @@ def test_folding_refuses_other_weights(shape: tuple[int, ...]) -> None:
 
 
 def test_choice_on_the_cpu() -> None:
-    x, weight, bias = inputs(SHAPES[0], torch.float32)
+    x, weight, bias = SHAPES[0].layer(torch.float32)
     assert fastdiff.explain("upsample_conv", x, ops.fold_upsample(weight), bias).startswith("upsample_conv: native\n")
     wide = (x.double(), ops.fold_upsample(weight.double()), None)
     assert fastdiff.explain("upsample_conv", *wide).startswith("upsample_conv: torch\n")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import Shape, channels_last, doubled_convolution
 from inputs import normal
 from tolerance import assert_close_to_truth, relative_error
 from torch import Tensor, nn
@@ -22,21 +21,10 @@ from fastdiff.ops import native
 EXTENSION: Any = native.extension()
 PLAIN = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
-pytestmark = pytest.mark.skipif(isinstance(EXTENSION, str), reason="the extension is not built")
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int
-    channels: int
-    outputs: int
-    height: int
-    width: int
-    padding: tuple[int, int] = (1, 1)
-
-    def __str__(self) -> str:
-        padding = "x".join(map(str, self.padding))
-        return f"{self.batch}x{self.channels}to{self.outputs}x{self.height}x{self.width}-padding-{padding}"
+pytestmark = [
+    pytest.mark.skipif(isinstance(EXTENSION, str), reason="the extension is not built"),
+    pytest.mark.usefixtures("threads"),
+]
 
 
 SHAPES = [
@@ -52,22 +40,10 @@ SHAPES = [
 """The last has more tiles than a strip; several more channels than a block of weights."""
 
 
-@pytest.fixture(params=[1, 2, 4], ids=["1-thread", "2-threads", "4-threads"], autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-def last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    x = F.silu(normal(shape.batch, shape.channels, shape.height, shape.width))
-    weight = normal(shape.outputs, shape.channels, 3, 3, seed=1) * (9 * shape.channels) ** -0.5
-    return last(x), weight, normal(shape.outputs, seed=2)
+    """Of maps after an activation, whose mean is not zero."""
+    x, weight, bias = shape.layer()
+    return channels_last(F.silu(x)), weight, bias
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None, shape: Shape, size: int) -> Tensor:
@@ -82,7 +58,7 @@ def test_native_equals_the_truth(shape: Shape, size: int) -> None:
     x, weight, bias = inputs(shape)
     truth = F.conv2d(x.double(), weight.double(), padding=shape.padding)
     plain = F.conv2d(x, weight, padding=shape.padding)
-    addend, bias_column = last(normal(*truth.shape, seed=3)), bias[:, None, None]
+    addend, bias_column = channels_last(normal(*truth.shape, seed=3)), bias[:, None, None]
     for own_bias, own_addend in ((None, None), (bias, None), (None, addend), (bias, addend)):
         more = (0 if own_bias is None else bias_column) + (0 if own_addend is None else addend)
         found = run(x, weight, own_bias, own_addend, shape, size)
@@ -96,11 +72,8 @@ def test_native_equals_the_truth_at_twice_the_size(shape: Shape, size: int) -> N
     x, weight, bias = inputs(shape)
     packed = EXTENSION.pack_weight(weight)
     found = EXTENSION.winograd(x, packed, bias, None, shape.outputs, shape.padding, size, True)
-    truth, plain = (
-        F.conv2d(F.interpolate(v.to(dtype), scale_factor=2.0), weight.to(dtype), bias.to(dtype), padding=shape.padding)
-        for v, dtype in ((x, torch.float64), (x, torch.float32))
-    )
-    assert_close_to_truth(found, truth, plain)
+    truth = doubled_convolution(x.double(), weight.double(), bias.double(), shape.padding)
+    assert_close_to_truth(found, truth, doubled_convolution(x, weight, bias, shape.padding))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 17])
@@ -157,13 +130,13 @@ def test_layers_use_it(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = EXTENSION.winograd
     monkeypatch.setattr(EXTENSION, "winograd", lambda *args: calls.append(args[-1]) or kernel(*args))
     conv = nn.Conv2d(128, 64, 3, padding=1, bias=bias).requires_grad_(False)
-    x, packs = last(normal(2, 128, 12, 10)), Packs()
+    x, packs = channels_last(normal(2, 128, 12, 10)), Packs()
     truth = nn.Conv2d(128, 64, 3, padding=1, bias=bias, dtype=torch.float64).requires_grad_(False)
     truth.load_state_dict(conv.state_dict())
     doubled = F.interpolate(x, scale_factor=2.0)
     assert_close_to_truth(convolve(conv, x, packs), truth(x.double()), conv(x))
     assert_close_to_truth(convolve_doubled(conv, x, packs, bias=bias), truth(doubled.double()), conv(doubled))
     assert len(packs.values()) == 1
-    halves = last(x[:, :80]), last(x[:, 80:])
+    halves = channels_last(x[:, :80]), channels_last(x[:, 80:])
     assert_close_to_truth(convolve_both(conv, *halves, packs), truth(x.double()), conv(x))
     assert calls == [False, True, False, False]

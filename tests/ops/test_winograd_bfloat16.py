@@ -45,14 +45,6 @@ def error(y, reference):
     return ((y.double() - reference).norm() / reference.norm()).item()
 
 
-@pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-threads")
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("padding", [(1, 1), (0, 2), (2, 0)], ids=str)
 @pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in SHAPES.items()])
 def test_error_is_that_of_roundings(shape, padding, threads):
@@ -89,13 +81,13 @@ def test_addend_is_added_before_rounding(biased):
     assert torch.equal(run(x, weight, bias, addend), exact.bfloat16())
 
 
+@pytest.mark.usefixtures("many_threads")
 def test_threads_do_not_change_the_result():
     x, weight, bias = inputs(SHAPES["many tiles"])
-    before, results = torch.get_num_threads(), []
+    results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         results.append(run(x, weight, bias))
-    torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
