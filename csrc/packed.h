@@ -75,6 +75,8 @@ std::pair<Tensor, OptionalTensor> describe_convolution(Args& args, const Tensor&
     args.taps[d] = taps[d];
     args.stride[d] = stride[d];
     args.padding[d] = padding[d];
+    // Division would round what is negative up.
+    TORCH_CHECK(x.size(2 + d) + 2 * padding[d] >= taps[d], "a padded map is smaller than the kernel: ", x.sizes());
     sizes[d] = (x.size(2 + d) + 2 * padding[d] - taps[d]) / stride[d] + 1;
   }
   return describe_maps(args, x, addend, outputs, sizes[0], sizes[1]);

@@ -98,7 +98,9 @@ def add_mask(dice: Dice, config: Config, call: Config) -> None:
     if any(True in each if isinstance(each, list) else each for each in only_text):
         return
     if any("Simple" in str(kind) for kind in (config["mid_block_type"], *config["down_block_types"])):
-        if "encoder_hid_dim_type" not in config:
+        # As many words as pixels somewhere, and the library takes the mask for one of both.
+        sizes = {pixels // 4**stage for stage in range(len(config["block_out_channels"]))}
+        if "encoder_hid_dim_type" not in config and call["encoder_hidden_states"].shape[1] not in sizes:
             call["attention_mask"] = dice.mask(samples, call["encoder_hidden_states"].shape[1])
     elif len(config["block_out_channels"]) == 1:
         shapes = ((samples, pixels), (samples, pixels), (samples, 1, pixels), (samples, pixels, pixels))
