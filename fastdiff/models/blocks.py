@@ -125,6 +125,7 @@ class ResnetBlock(nn.Module):
     def _normed_with_time(self, h: Tensor, bias: Tensor | None, context: Context) -> Tensor:
         """silu(norm2(h + bias + time)); bias is that of conv1 where h has come without it."""
         time = self.project(context.time, context) if context.projected is None else context.projected[self]
+        addend: Tensor | None
         if time is not None and not self.scale_shift:
             addend = time
         else:
