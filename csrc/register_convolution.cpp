@@ -46,13 +46,12 @@ Tensor run(ConvArgs& args, const Tensor& x, const Tensor& packed, const Optional
 }
 
 // x (N, C, H, W) and residual channels-last, as the result is.
-Tensor conv_packed(const Tensor& input, const Tensor& packed, const OptionalTensor& bias,
-                   const OptionalTensor& own_residual, int64_t outputs, const Pair& taps, const Pair& stride,
-                   const Pair& padding) {
+Tensor convolve(const Tensor& input, const Tensor& packed, const OptionalTensor& bias,
+                const OptionalTensor& own_residual, int64_t outputs, const Pair& taps, const Pair& stride,
+                const Pair& padding) {
   const Tensor x = as_channels_last(input);
   ConvArgs args{};
-  const auto [out, residual] =
-      describe_convolution(args, x, packed, own_residual, outputs, taps, stride, padding);
+  const auto [out, residual] = describe_convolution(args, x, packed, own_residual, outputs, taps, stride, padding);
   return run(args, x, packed, bias, residual, out);
 }
 
@@ -61,8 +60,8 @@ Tensor conv_bias_residual(const Tensor& input, const Tensor& weight, const Optio
                           const OptionalTensor& residual, const Pair& stride, const Pair& padding) {
   const auto wide = [](const OptionalTensor& x) { return x ? OptionalTensor(x->to(at::kFloat)) : x; };
   const Tensor x = dense(input);
-  const Tensor y = conv_packed(*wide(x), pack_weight(*wide(weight)), wide(bias), wide(residual), weight.size(0),
-                               {weight.size(2), weight.size(3)}, stride, padding);
+  const Tensor y = convolve(*wide(x), pack_weight(*wide(weight)), wide(bias), wide(residual), weight.size(0),
+                            {weight.size(2), weight.size(3)}, stride, padding);
   return y.to(x.options(), /*non_blocking=*/false, /*copy=*/false, layout_of(x));
 }
 
@@ -100,7 +99,7 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor&
 void register_convolution(py::module_& m) {
   m.def("conv_bias_residual", &conv_bias_residual);
   m.def("pack_weight", &pack_weight);
-  m.def("conv_packed", &conv_packed);
+  m.def("convolve", &convolve);
   m.def("multiply", &multiply);
   m.def("winograd", &winograd);
 }

@@ -102,7 +102,7 @@ def _convolve(
         if size:
             filtered: Tensor = compiled.winograd(x, packed, bias, addend, outputs, padding, size, doubled)
             return filtered
-        y: Tensor = compiled.conv_packed(x, packed, bias, addend, outputs, taps, stride, padding)
+        y: Tensor = compiled.convolve(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
     if _in_tiles(x, own_outputs, geometry, packs, doubled=doubled):
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(make().detach()))
@@ -170,7 +170,7 @@ def products(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs, *, addend: 
     outputs = sum(weight.shape[0] for weight in weights)
     if widens(x.dtype):
         packed = held.at(None, lambda: compiled.pack_weight(_joined(weights)))
-        return _product(compiled.multiply, compiled.conv_packed, x, packed, bias, outputs, addend)
+        return _product(compiled.multiply, compiled.convolve, x, packed, bias, outputs, addend)
     rows = x.numel() // x.shape[-1]
     if held.takes_pairs(x, x.numel() * outputs):
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(_joined(weights)))

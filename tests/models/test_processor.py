@@ -24,8 +24,8 @@ from fastdiff.ops import native
 diffusers = pytest.importorskip("diffusers")
 
 EXTENSION: Any = native.extension()
-OURS = ("winograd", "conv_packed", "multiply", "winograd_bfloat16", "convolve_bfloat16", "multiply_bfloat16")
-WIDE = {"winograd", "conv_packed", "multiply"}
+OURS = ("winograd", "convolve", "multiply", "winograd_bfloat16", "convolve_bfloat16", "multiply_bfloat16")
+WIDE = {"winograd", "convolve", "multiply"}
 
 pytestmark = pytest.mark.skipif(isinstance(EXTENSION, str), reason="the extension is not built")
 
@@ -99,10 +99,10 @@ def exactly(conv: nn.Conv2d, x: Tensor) -> Tensor:
     [
         (layer(128, 130), 16, "winograd"),
         (layer(31, 40), 16, "winograd"),
-        (layer(3, 128), 16, "conv_packed"),
+        (layer(3, 128), 16, "convolve"),
         (layer(128, 3), 16, "winograd"),
-        (layer(31, 40, 1), 9, "conv_packed"),
-        (layer(64, 64, 3, 2), 9, "conv_packed"),
+        (layer(31, 40, 1), 9, "convolve"),
+        (layer(64, 64, 3, 2), 9, "convolve"),
     ],
     ids=["many", "odd", "from an image", "to an image", "1x1", "strided"],
 )

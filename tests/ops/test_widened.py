@@ -70,7 +70,7 @@ def test_native_convolution_is_the_truth_rounded_once(case: Any, added: str) -> 
     largest = F.conv2d(x.double().abs(), weight.double().abs(), None, stride, padding)
     bias = brain(outputs) if added in ("bias", "both") else None
     addend = last(brain(*exact.shape, scale=20.0)) if added in ("addend", "both") else None
-    y = EXTENSION.conv_packed(x, EXTENSION.pack_weight(weight), bias, addend, outputs, taps, stride, padding)
+    y = EXTENSION.convolve(x, EXTENSION.pack_weight(weight), bias, addend, outputs, taps, stride, padding)
     assert y.is_contiguous(memory_format=torch.channels_last)
     for more in (None if bias is None else bias[:, None, None], addend):
         exact, largest = (exact, largest) if more is None else (exact + more.double(), largest + more.double().abs())
@@ -119,7 +119,7 @@ def test_native_keeps_the_truth_about_what_is_not_finite(value: float) -> None:
     x, weight = last(brain(1, 40, 6, 6)), brain(70, 40, 3, 3).abs()
     x[0, 3, 0, 0] = value
     packed = EXTENSION.pack_weight(weight)
-    y = EXTENSION.conv_packed(x, packed, None, None, 70, (3, 3), (1, 1), (1, 1))
+    y = EXTENSION.convolve(x, packed, None, None, 70, (3, 3), (1, 1), (1, 1))
     assert y[0, :, :2, :2].float().equal(torch.full((70, 2, 2), value)) or y[0, :, :2, :2].isnan().all()
     assert y[0, :, 2:].isfinite().all()
     tiled = EXTENSION.winograd(x, packed, None, None, 70, (1, 1), 2, False)
@@ -130,6 +130,6 @@ def test_native_keeps_the_truth_about_what_is_not_finite(value: float) -> None:
 def test_a_weight_of_another_type_is_refused() -> None:
     x, packed = last(brain(1, 8, 4, 4)), EXTENSION.pack_weight(torch.randn(4, 8, 3, 3))
     with pytest.raises(RuntimeError, match="float32 or of bfloat16, got"):
-        EXTENSION.conv_packed(x, packed, None, None, 4, (3, 3), (1, 1), (1, 1))
+        EXTENSION.convolve(x, packed, None, None, 4, (3, 3), (1, 1), (1, 1))
     with pytest.raises(RuntimeError, match="float32 or of bfloat16, got"):
         EXTENSION.winograd(x, packed, None, None, 4, (1, 1), 2, False)
