@@ -174,7 +174,7 @@ struct WinogradArgs {
   int64_t padding[2];
   int64_t tile;  // results in a row and a column that are made together: 2 or 4
   bool doubled;  // x is read at twice its size, each pixel four times
-  Type type;     // F32 or BF16, of all but the bias
+  Type type;     // of all but the bias
   const void *x, *weight, *addend;  // addend as the result, or nullptr
   const float* bias;                // or nullptr
   void* out;

@@ -92,6 +92,7 @@ inline std::pair<Tensor, OptionalTensor> describe_winograd(WinogradArgs& args, c
     args.padding[d] = padding[d];
     sizes[d] = x.size(2 + d) * (doubled ? 2 : 1) + 2 * padding[d] - 2;
   }
+  args.type = type_of(x.scalar_type());
   args.tile = tile;
   args.doubled = doubled;
   return describe_maps(args, x, addend, outputs, sizes[0], sizes[1]);

@@ -76,7 +76,6 @@ Tensor winograd(const Tensor& input, const Tensor& packed, const OptionalTensor&
   check_types(x, packed, addend);
   if (out.numel() == 0) return out;
   const OptionalTensor bias = wide_bias(own_bias);
-  args.type = type_of(x.scalar_type());
   args.x = x.const_data_ptr();
   args.weight = packed.const_data_ptr();
   args.bias = floats(bias);

@@ -62,14 +62,14 @@ std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups, 
 
 std::atomic<int64_t> plain_norms{0};
 
-// Whether a norm takes this parameter or addend as it is: none, or of those sizes, dense, and as narrow as x or float32.
+// Whether a norm takes this parameter or addend: none, or of those sizes, and as narrow as x or float32.
 bool plain(py::handle given, at::IntArrayRef sizes, const Tensor& x) {
   if (given.is_none()) return true;
   if (!THPVariable_CheckExact(given.ptr())) return false;
   const Tensor& value = THPVariable_Unpack(given.ptr());
   const at::ScalarType type = value.scalar_type();
   return value.is_cpu() && value.sizes() == sizes && (type == x.scalar_type() || type == at::kFloat) &&
-         value.is_contiguous() && !(c10::GradMode::is_enabled() && value.requires_grad());
+         !(c10::GradMode::is_enabled() && value.requires_grad());
 }
 
 // Whether it is a channels-last map that a norm takes as it is.
@@ -107,7 +107,7 @@ OptionalTensor plain_norm(py::handle input, int64_t groups, py::handle weight, p
     return std::nullopt;
   }
   const auto tensor = [](py::handle given) {
-    return given.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(given.ptr()));
+    return given.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(given.ptr()).contiguous());
   };
   ++plain_norms;
   return std::get<0>(group_norm_silu(x, groups, tensor(weight), tensor(bias), eps, silu, tensor(addend), std::nullopt,

@@ -47,7 +47,7 @@ static inline int64_t slot(int64_t i) {
 }
 template <>
 inline int64_t slot<Brain>(int64_t i) {
-  return i / BLOCK * BLOCK + i % 2 * LANES + i % BLOCK / 2;
+  return (i & -BLOCK) + (i & 1) * LANES + (i & (BLOCK - 1)) / 2;
 }
 
 // Asks for `count` elements, which need not exist; LOCALITY 3: into every cache, 2: from the second level on.

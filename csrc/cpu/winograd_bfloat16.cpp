@@ -14,7 +14,8 @@ struct WinogradBFloat16 {
   using Value = uint16_t;
   static constexpr int PAIR = 2;
   static constexpr int COLUMNS = 64;
-  static constexpr int64_t DEPTH = 128;
+  static constexpr int64_t DEPTH = 512;
+  static constexpr int64_t SHARED_DEPTH = 128;
   static constexpr int64_t STRIP = 48;
   static constexpr int64_t SHARED_STRIP = 96;
   static constexpr int64_t STRIP_BYTES = 1 << 19;

@@ -35,7 +35,6 @@ class WinogradPacked : Winograd<Product, 2> {
   using Base::args_, Base::tiles_, Base::depth_, Base::row_, Base::rows_, Base::v_apart_, Base::m_apart_, Base::v_,
       Base::u_, Base::m_, Base::zeros_, Base::alone_;
   static constexpr int COLUMNS = Product::COLUMNS, TAPS = 9;
-  static constexpr int64_t DEPTH = Product::DEPTH;
   static constexpr int64_t ALONE = 96;              // tiles of a thread from which on it does not share them
   static constexpr int64_t SHARED_BYTES = 1 << 24;  // of what all threads read, so that it stays in a cache
   static constexpr int64_t LINE = 64 / sizeof(Element);
@@ -43,11 +42,13 @@ class WinogradPacked : Winograd<Product, 2> {
  public:
   explicit WinogradPacked(const WinogradArgs& args) : Base(args), frequencies_(args.doubled) {
     blocks_ = ceil_divide(args.outputs, COLUMNS);
-    chunks_ = ceil_divide(depth_, DEPTH);
-    u_apart_ = smaller(DEPTH, depth_) * COLUMNS + LINE;
-    u_chunk_ = frequencies_.count() * u_apart_;
     const int64_t row_bytes = 16 * row_ * static_cast<int64_t>(sizeof(Element));
-    alone_ = tiles_ >= ALONE * args.threads && Base::template bytes<Element>(blocks_ * u_block()) <= SHARED_BYTES;
+    const int64_t u_size = frequencies_.count() * blocks_ * depth_ * COLUMNS;
+    alone_ = tiles_ >= ALONE * args.threads && Base::template bytes<Element>(u_size) <= SHARED_BYTES;
+    chunk_ = alone_ ? Product::DEPTH : Product::SHARED_DEPTH;
+    chunks_ = ceil_divide(depth_, chunk_);
+    u_apart_ = smaller(chunk_, depth_) * COLUMNS + LINE;
+    u_chunk_ = frequencies_.count() * u_apart_;
     held_ = alone_ ? tiles_ : smaller(tiles_, ceil_divide(SHARED_BYTES, row_bytes));
     const int64_t fit = Product::STRIP_BYTES / row_bytes / 6 * 6;
     int64_t strips = ceil_divide(held_, !alone_ ? Product::SHARED_STRIP : fit < 12 ? 12 : smaller(fit, Product::STRIP));
@@ -89,12 +90,12 @@ class WinogradPacked : Winograd<Product, 2> {
   int64_t own_input() const { return Base::template bytes<Element>(16 * v_apart_); }
 
   // Channels of a chunk in the packed weight, and with the zeros that fill them up.
-  int64_t channels(int64_t chunk) const { return smaller(DEPTH, args_.channels - chunk * DEPTH); }
-  int64_t depth(int64_t chunk) const { return smaller(DEPTH, depth_ - chunk * DEPTH); }
+  int64_t channels(int64_t chunk) const { return smaller(chunk_, args_.channels - chunk * chunk_); }
+  int64_t depth(int64_t chunk) const { return smaller(chunk_, depth_ - chunk * chunk_); }
 
   // The weights of a block's chunk; those of its taps lie `tap_apart` apart.
   const Element* weight(int64_t block, int64_t chunk) const {
-    return static_cast<const Element*>(args_.weight) + block * TAPS * tap_apart() + chunk * DEPTH * COLUMNS;
+    return static_cast<const Element*>(args_.weight) + block * TAPS * tap_apart() + chunk * chunk_ * COLUMNS;
   }
   int64_t tap_apart() const { return args_.channels * COLUMNS; }
 
@@ -176,7 +177,7 @@ class WinogradPacked : Winograd<Product, 2> {
         const Element* from = later + tap++ * tap_apart();
         ahead = {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + later_channels * COLUMNS)};
       }
-      Product::multiply(v_ + f * v_apart_ + row * row_ + chunk * DEPTH, row_, rows, u, depth(chunk),
+      Product::multiply(v_ + f * v_apart_ + row * row_ + chunk * chunk_, row_, rows, u, depth(chunk),
                         m_ + f * m_apart_, chunk == 0, ahead);
       u += u_apart_;
     }
@@ -193,6 +194,7 @@ class WinogradPacked : Winograd<Product, 2> {
 
   Frequencies frequencies_;
   int64_t blocks_, chunks_;    // of outputs, of channels
+  int64_t chunk_;              // channels of a chunk
   int64_t u_apart_, u_chunk_;  // distance of frequencies; elements of a chunk's weights
   int64_t held_;               // tiles whose transformed input is held together
 };

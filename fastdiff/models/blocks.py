@@ -125,9 +125,10 @@ class ResnetBlock(nn.Module):
     def _normed_with_time(self, h: Tensor, bias: Tensor | None, context: Context) -> Tensor:
         """silu(norm2(h + bias + time)); bias is that of conv1 where h has come without it."""
         time = self.project(context.time, context) if context.projected is None else context.projected[self]
-        addend = None if bias is None else bias.expand(len(h), -1)
         if time is not None and not self.scale_shift:
             addend = time
+        else:
+            addend = None if bias is None else bias.expand(len(h), -1)
         if addend is not None and not context.rewrites.folded_bias:
             h, addend = h + addend[:, :, None, None], None
         h = normed(self.norm2, h, context, addend=addend)

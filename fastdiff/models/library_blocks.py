@@ -62,12 +62,13 @@ class FusedResnet(Block):
         # The map in between has the convolution's dtype.
         norm2 = block.norm2.weight
         taken(x.dim() == 4 and (norm2 is None or norm2.dtype == x.dtype))
-        if block.time_embedding_norm not in ("default", "scale_shift"):
-            raise Left(f"a ResnetBlock2D has the time_embedding_norm {block.time_embedding_norm!r}")
+        kind = block.time_embedding_norm
         if block.time_emb_proj is None:
-            taken(temb is None and block.time_embedding_norm == "default")
+            # Under any other name there is no time, whatever is given.
+            taken(kind not in ("default", "scale_shift") or (kind == "default" and temb is None))
         else:
-            taken(type(temb) is Tensor and temb.dim() == 2 and len(temb) in (1, len(x)) and temb.dtype == x.dtype)
+            taken(kind in ("default", "scale_shift") and type(temb) is Tensor and temb.dim() == 2)
+            taken(len(temb) in (1, len(x)) and temb.dtype == x.dtype)
 
     def _doubled(self, block: Any, h: Tensor, *, bias: bool) -> Tensor:
         twice = is_block("Upsample2D", block.upsample) and known.is_bare(block.upsample) and _doubles(block.upsample)
@@ -83,7 +84,7 @@ class FusedResnet(Block):
 
     def _normed_with_time(self, block: Any, h: Tensor, temb: Any, bias: Tensor | None) -> Tensor:
         addend = bias if bias is None else bias.expand(len(h), -1)
-        shifts = block.time_embedding_norm == "default"
+        shifts = block.time_embedding_norm != "scale_shift"
         time = None
         if block.time_emb_proj is not None:
             time = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))

@@ -94,21 +94,20 @@ def _convolve(
     """
     taps, stride, padding, dilation, groups = geometry
     held: Packed = packs.kept(known, (geometry, part), (weight,), Packed)
-    compiled = extension()
+    compiled, own_outputs = extension(), weight.shape[0]
+    outputs = own_outputs * (4 if geometry is _PHASES else 1)
     if widens(x.dtype):
         packed = held.at(None, lambda: compiled.pack_weight(make().detach()))
-        outputs = len(weight) * (4 if geometry is _PHASES else 1)
         size = tile(x.shape, outputs, geometry, doubled=doubled) if packs.winograd else 0
         if size:
             filtered: Tensor = compiled.winograd(x, packed, bias, addend, outputs, padding, size, doubled)
             return filtered
         y: Tensor = compiled.conv_packed(x, packed, bias, addend, outputs, taps, stride, padding)
         return y
-    if _in_tiles(x, len(weight), geometry, packs, doubled=doubled):
+    if _in_tiles(x, own_outputs, geometry, packs, doubled=doubled):
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(make().detach()))
-        rounded: Tensor = compiled.winograd_bfloat16(x, packed, bias, addend, len(weight), padding, doubled)
+        rounded: Tensor = compiled.winograd_bfloat16(x, packed, bias, addend, own_outputs, padding, doubled)
         return rounded
-    outputs = len(weight) * (4 if geometry is _PHASES else 1)
     if held.takes_pairs(x, x.numel() * outputs * taps[0] * taps[1] // (stride[0] * stride[1])):
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(make().detach()))
         product: Tensor = compiled.convolve_bfloat16(x, packed, bias, addend, outputs, taps, stride, padding)

@@ -37,7 +37,7 @@ def plain_step(*args: Any) -> Any:
 
 def plain_norm(*args: Any) -> Any:
     """`dispatch.plain_norm`, but for a call that is only being asked about."""
-    return None if _explaining.get() else dispatch.plain_norm(*args)
+    return None if _is_compiling() or _explaining.get() else dispatch.plain_norm(*args)
 
 
 def explanation(public: Callable[[], Any]) -> str:

@@ -216,7 +216,7 @@ def plain_step(
 def plain_norm(*args: Any) -> Any:
     """What the extension's `plain_norm` gives for these arguments; None where the call has to take the long way, which
     takes as long as a small norm."""
-    if _is_compiling() or config.forced_backend("group_norm_silu") not in (None, "native"):
+    if config.forced_backend("group_norm_silu") not in (None, "native"):
         return None
     norm = native.plain_norm()
     return None if norm is None else norm(*args)

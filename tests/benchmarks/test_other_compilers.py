@@ -15,6 +15,7 @@ from benchmarks.cases import Case
 from benchmarks.work import Contender, FirstTimed
 
 CPU = torch.device("cpu")
+UNDISTURBED = fresh._undisturbed
 TINY = (2, 3, 8, 8)
 FACTS = {"dtype": "float32", "device": "cpu", "hardware": "x", "threads": "1"}
 
@@ -22,6 +23,7 @@ FACTS = {"dtype": "float32", "device": "cpu", "hardware": "x", "threads": "1"}
 @pytest.fixture(autouse=True)
 def _undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_waited", lambda: 0.0)
+    monkeypatch.setattr(fresh, "_undisturbed", lambda *_: True)
 
 
 def rows(case: Case) -> dict[str, dict[str, str]]:
@@ -125,6 +127,22 @@ def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     assert capsys.readouterr().err == said
 
 
+def test_a_disturbed_first_call_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    program, found = tmp_path / "python", {"first": 1.0, "others": 0.5, "peak": 3.0, "weights": 2.0}
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(found)}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(fresh, "_undisturbed", UNDISTURBED)
+    case = Case("first_call", "tiny_unet", TINY)
+    assert run.run_case(case, CPU, seconds=0.0, facts={}) == ([], 1)
+    assert capsys.readouterr().err.endswith("not measured: the machine was too busy\n")
+    quiet = iter([False, False, True])
+    monkeypatch.setattr(fresh, "_undisturbed", lambda *_: next(quiet))
+    assert fresh.measure(case, fresh.OURS, threads=1) == {"first": 1.0, "peak": 3.0, "weights": 2.0}
+    assert UNDISTURBED(0.03, 1.0)
+    assert not UNDISTURBED(float("nan"), 1.0)
+
+
 def test_too_much_memory_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     peaks = {fresh.LIBRARY: 5e9, fresh.OURS: 6.5e9}
     monkeypatch.setattr(fresh, "measure", lambda _, name, **__: {"first": 1.0, "peak": peaks[name], "weights": 1e9})
@@ -156,7 +174,7 @@ def test_made_up_weights_give_finite_numbers(dtype: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(fresh.fastdiff, "accelerate", watched)
     fresh.main()
-    assert json.loads(capsys.readouterr().out).keys() == {"first", "peak", "weights"}
+    assert json.loads(capsys.readouterr().out).keys() == {"first", "others", "peak", "weights"}
     assert len(seen) == fresh.CALLS
     assert seen[0].isfinite().all()
     assert seen[0].dtype == getattr(torch, dtype)

@@ -84,6 +84,7 @@ RESNETS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "scaled": ({"skip_time_act": True, "output_scale_factor": 1.5}, {}),
     "other groups": ({"groups_out": 4, "conv_2d_out_channels": 48}, {}),
     "no time": ({"temb_channels": None}, {}),
+    "of a decoder": ({"temb_channels": None, "time_embedding_norm": "group"}, {}),
 }
 
 

@@ -100,7 +100,7 @@ def exactly(conv: nn.Conv2d, x: Tensor) -> Tensor:
         (layer(128, 130), 16, "winograd"),
         (layer(31, 40), 16, "winograd"),
         (layer(3, 128), 16, "conv_packed"),
-        (layer(128, 3), 16, "conv_packed"),
+        (layer(128, 3), 16, "winograd"),
         (layer(31, 40, 1), 9, "conv_packed"),
         (layer(64, 64, 3, 2), 9, "conv_packed"),
     ],
