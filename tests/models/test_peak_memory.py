@@ -68,3 +68,16 @@ def test_new_values_take_the_room_of_the_old(network):
         layers[index].weight = nn.Parameter(torch.zeros(64, 64, 3, 3), requires_grad=False)
         assert takes((layers[index],), x, packs)
         assert torch.equal(convolve(layers[index], x, packs, bias=False), torch.zeros_like(x))
+
+
+def test_another_dtype_takes_the_room_of_the_first(network):
+    layers, x = network
+    packs = Packs()
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        layers.to(dtype)
+        own = x.to(dtype)
+        assert packs.ready(own, layers.rewrites, layers) is packs
+        for conv in layers:
+            assert takes((conv,), own, packs)
+            torch.testing.assert_close(convolve(conv, own, packs), conv(own), rtol=2e-2, atol=2e-2)
+        assert len(packs.values()) == len(layers)

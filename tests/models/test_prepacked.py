@@ -131,6 +131,18 @@ def test_a_convolution_with_an_addend(kernel, stride, padding, outputs, dtype):
     assert error(convolve(conv, x, packs, bias=False), bare) <= 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(1, 3), (2, 3), (3, 2)], ids=str)
+def test_a_map_that_is_smaller_than_the_kernel_is_refused(size, dtype):
+    """As the layer itself refuses it."""
+    conv = nn.Conv2d(8, 8, 3, stride=2, dtype=dtype).requires_grad_(False)
+    x = channels_last(torch.randn(1, 8, *size, dtype=dtype))
+    assert takes((conv,), x, Packs())
+    for call in (conv, lambda x: convolve(conv, x, Packs())):
+        with pytest.raises(RuntimeError, match=r"[Kk]ernel"):
+            call(x)
+
+
 def test_a_weight_that_changes_is_packed_anew(single):
     conv, x, packs = single
     with torch.no_grad():
