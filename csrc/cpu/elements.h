@@ -35,12 +35,12 @@ inline void widen(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from_bfloat16(from[i]);
 }
 
-// The first `count` of LANES elements, and zeros.
+// The first `count` of LANES elements, none where that is negative, and zeros.
 template <class Element>
 inline Floats read_some(const Element* from, int64_t count) {
   if (count >= LANES) return read(from);
   Element lanes[LANES] = {};
-  std::memcpy(lanes, from, count * sizeof(Element));
+  if (count > 0) std::memcpy(lanes, from, count * sizeof(Element));
   return read(lanes);
 }
 
