@@ -155,13 +155,15 @@ struct UpsampleArgs {
 
 constexpr int64_t PACKED_OUTPUTS = 64;  // outputs whose weights lie side by side; the last ones are filled with zeros
 
-// A channels-last map and a weight that was packed, float32; bias and residual (as the result) may be null.
+// A channels-last map and a weight that was packed, float32 or bfloat16; bias and residual (as the result) may be null.
 struct ConvArgs {
   int64_t samples, channels, height, width;
   int64_t outputs, out_height, out_width;
   int64_t taps[2], stride[2], padding[2];
-  const float *x, *weight, *bias, *residual;
-  float* out;
+  Type type;  // of all but the bias
+  const void *x, *weight, *residual;
+  const float* bias;
+  void* out;
   int threads;
 };
 
@@ -200,8 +202,9 @@ struct PackBFloat16Args {
 
 struct PackArgs {
   int64_t outputs, channels, taps;
-  const float* weight;
-  float* to;
+  Type type;  // F32 or BF16
+  const void* weight;
+  void* to;
   int threads;
 };
 

@@ -1,5 +1,6 @@
 // Convolutions and products of bfloat16 on the CPU whose weights were packed. Arguments were checked by
 // fastdiff/models/prepacked.py, which asks first whether the machine has the products.
+#include "processor.h"
 #include "tensors.h"
 
 namespace fastdiff {
@@ -158,6 +159,7 @@ Tensor multiply_bfloat16(const Tensor& input, const Tensor& packed, const Option
 
 void register_bfloat16(py::module_& m) {
   m.def("has_bfloat16_products", &has_bfloat16_products);
+  m.def("has_bfloat16_tiles", &has_bfloat16_tiles);
   m.def("winograd_bfloat16", &winograd_bfloat16);
   m.def("pack_bfloat16", &pack_bfloat16);
   m.def("convolve_bfloat16", &convolve_bfloat16);

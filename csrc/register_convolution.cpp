@@ -15,17 +15,36 @@ Tensor pack_weight(const Tensor& weight) {
   args.taps = from.numel() / (args.outputs * args.channels);
   const int64_t panels = (args.outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS;
   const Tensor to = at::empty({panels, args.taps, args.channels, PACKED_OUTPUTS}, from.options());
-  args.weight = from.const_data_ptr<float>();
-  args.to = to.data_ptr<float>();
+  args.type = type_of(from.scalar_type());
+  args.weight = from.const_data_ptr();
+  args.to = to.data_ptr();
   args.threads = at::get_num_threads();
   ON_CPU(pack_weight, args);
   return to;
 }
 
-void check_packed(const Tensor& packed, const ConvArgs& args) {
-  TORCH_CHECK(packed.numel() == (args.outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS * args.taps[0] *
-                                    args.taps[1] * args.channels,
-              "the packed weight is not one for ", args.channels, " channels and ", args.outputs, " outputs");
+const void* data(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
+
+OptionalTensor as_channels_last(const OptionalTensor& x) {
+  if (!x) return x;
+  return x->contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+void check_addend(const Tensor& addend, const Tensor& out) {
+  TORCH_CHECK(addend.sizes() == out.sizes() && addend.scalar_type() == out.scalar_type(),
+              "the addend has not the result's shape and type");
+}
+
+OptionalTensor wide_bias(const OptionalTensor& bias) {
+  return bias ? OptionalTensor(bias->to(at::kFloat).contiguous()) : bias;
+}
+
+void check_packed(const Tensor& packed, const Tensor& x, int64_t taps, int64_t channels, int64_t outputs) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK(packed.scalar_type() == type && (type == at::kFloat || type == at::kBFloat16),
+              "expected a map and a packed weight of float32 or of bfloat16, got ", type, " and ", packed.scalar_type());
+  TORCH_CHECK(packed.numel() == (outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS * taps * channels,
+              "the packed weight is not one for ", channels, " channels and ", outputs, " outputs");
 }
 
 // x (N, C, H, W) and residual channels-last, as the result is.
@@ -48,17 +67,17 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed, const OptionalTens
   args.out_width = (args.width + 2 * padding[1] - taps[1]) / stride[1] + 1;
   const Tensor out =
       at::empty({args.samples, outputs, args.out_height, args.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
-  const OptionalTensor bias = contiguous(own_bias);
-  const OptionalTensor residual =
-      own_residual ? OptionalTensor(own_residual->contiguous(at::MemoryFormat::ChannelsLast)) : own_residual;
-  TORCH_CHECK(!residual || residual->sizes() == out.sizes(), "conv_packed: the residual has not the result's shape");
-  check_packed(packed, args);
+  const OptionalTensor bias = wide_bias(own_bias);
+  const OptionalTensor residual = as_channels_last(own_residual);
+  if (residual) check_addend(*residual, out);
+  check_packed(packed, x, taps[0] * taps[1], args.channels, outputs);
   if (out.numel() == 0) return out;
-  args.x = x.const_data_ptr<float>();
-  args.weight = packed.const_data_ptr<float>();
+  args.type = type_of(x.scalar_type());
+  args.x = x.const_data_ptr();
+  args.weight = packed.const_data_ptr();
   args.bias = floats(bias);
-  args.residual = floats(residual);
-  args.out = out.data_ptr<float>();
+  args.residual = data(residual);
+  args.out = out.data_ptr();
   args.threads = at::get_num_threads();
   ON_CPU(conv_bias_residual, args);
   return out;
@@ -93,18 +112,16 @@ Tensor winograd(const Tensor& input, const Tensor& packed, const OptionalTensor&
   args.tile = tile;
   args.doubled = doubled;
   args.type = type_of(x.scalar_type());
-  TORCH_CHECK(packed.numel() == (outputs + PACKED_OUTPUTS - 1) / PACKED_OUTPUTS * PACKED_OUTPUTS * 9 * args.channels,
-              "the packed weight is not one for ", args.channels, " channels and ", outputs, " outputs");
+  check_packed(packed, x, 9, args.channels, outputs);
   const Tensor out =
       at::empty({args.samples, outputs, args.out_height, args.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
-  const OptionalTensor bias = own_bias ? OptionalTensor(own_bias->to(at::kFloat).contiguous()) : own_bias;
-  const OptionalTensor addend =
-      own_addend ? OptionalTensor(own_addend->contiguous(at::MemoryFormat::ChannelsLast)) : own_addend;
-  TORCH_CHECK(!addend || addend->sizes() == out.sizes(), "winograd: the addend has not the result's shape");
+  const OptionalTensor bias = wide_bias(own_bias);
+  const OptionalTensor addend = as_channels_last(own_addend);
+  if (addend) check_addend(*addend, out);
   args.x = x.const_data_ptr();
   args.weight = packed.const_data_ptr();
   args.bias = floats(bias);
-  args.addend = addend ? addend->const_data_ptr() : nullptr;
+  args.addend = data(addend);
   args.out = out.data_ptr();
   args.threads = at::get_num_threads();
   const Tensor scratch = at::empty({ON_CPU(winograd_scratch, args)}, x.options().dtype(at::kByte));
@@ -124,12 +141,13 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const OptionalTensor&
   args.outputs = sizes.back() = outputs;
   for (int d = 0; d < 2; ++d) args.taps[d] = args.stride[d] = 1;
   const Tensor out = at::empty(sizes, x.options());
-  const OptionalTensor bias = contiguous(own_bias);
-  check_packed(packed, args);
-  args.x = x.const_data_ptr<float>();
-  args.weight = packed.const_data_ptr<float>();
+  const OptionalTensor bias = wide_bias(own_bias);
+  check_packed(packed, x, 1, args.channels, outputs);
+  args.type = type_of(x.scalar_type());
+  args.x = x.const_data_ptr();
+  args.weight = packed.const_data_ptr();
   args.bias = floats(bias);
-  args.out = out.data_ptr<float>();
+  args.out = out.data_ptr();
   args.threads = at::get_num_threads();
   ON_CPU(conv_bias_residual, args);
   return out;

@@ -49,9 +49,10 @@ inline void multiply(const typename Math::Element* a, int64_t row_stride, int64_
   }
 }
 
-// Rows of accumulators that fill the registers (32 with AVX-512, else 16) next to COLUMNS operands and a broadcast.
+// Rows of accumulators that fill the registers (32 with AVX-512, else 16) next to COLUMNS operands and a broadcast, or
+// 12, which are enough to multiply without waiting for a sum.
 template <int COLUMNS>
-constexpr int TILE_ROWS = (LANES == 16 ? 24 : 12) / (COLUMNS == 1 ? 2 : COLUMNS);
+constexpr int TILE_ROWS = LANES == 16 && COLUMNS > 1 ? 24 / COLUMNS : 12 / COLUMNS;
 
 constexpr int half_below(int rows) {
   int power = 1;

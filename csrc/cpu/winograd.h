@@ -4,6 +4,7 @@
 // weights, and what was transformed stays in the caches.
 #pragma once
 
+#include "elements.h"
 #include "ops.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -17,6 +18,7 @@ constexpr int64_t APART = 16;  // elements between rows, so that they do not col
 template <class Product, int OUT>
 class Winograd {
   using Element = typename Product::Element;
+  using Value = typename Product::Value;
   using Filter = Transform<OUT>;
   static constexpr int SIZE = Filter::SIZE, FREQUENCIES = SIZE * SIZE, COLUMNS = Product::COLUMNS;
   static constexpr int64_t STRIP = Product::STRIP;              // tiles
@@ -29,7 +31,7 @@ class Winograd {
     tiles_ = args.samples * down_ * across_;
     depth_ = ceil_divide(args.channels, 16) * 16;
     row_ = depth_ + APART;
-    const int64_t fit = STRIP_BYTES / (FREQUENCIES * row_ * static_cast<int64_t>(sizeof(Element)));
+    const int64_t fit = STRIP_BYTES / (FREQUENCIES * row_ * static_cast<int64_t>(sizeof(Value)));
     int64_t strips = ceil_divide(tiles_, fit < 32 ? 32 : smaller(fit, STRIP));
     alone_ = strips >= args.threads;
     if (alone_) strips = ceil_divide(strips, args.threads) * args.threads;
@@ -40,8 +42,8 @@ class Winograd {
 
   int64_t scratch() const {
     return bytes<Element>(args_.channels + LANES) +
-           (alone_ ? args_.threads : 1) * bytes<Element>(FREQUENCIES * v_apart_) +
-           args_.threads * (bytes<Element>(FREQUENCIES * U_APART) + bytes<float>(FREQUENCIES * m_apart_));
+           (alone_ ? args_.threads : 1) * bytes<Value>(FREQUENCIES * v_apart_) +
+           args_.threads * (bytes<Value>(FREQUENCIES * U_APART) + bytes<float>(FREQUENCIES * m_apart_));
   }
 
   void run() {
@@ -49,14 +51,14 @@ class Winograd {
     Element* zeros = take<Element>(at, args_.channels + LANES);
     std::memset(zeros, 0, (args_.channels + LANES) * sizeof(Element));
     zeros_ = zeros;
-    const int64_t v = bytes<Element>(FREQUENCIES * v_apart_);
-    const int64_t um = bytes<Element>(FREQUENCIES * U_APART) + bytes<float>(FREQUENCIES * m_apart_);
+    const int64_t v = bytes<Value>(FREQUENCIES * v_apart_);
+    const int64_t um = bytes<Value>(FREQUENCIES * U_APART) + bytes<float>(FREQUENCIES * m_apart_);
     parallel_stages(args_.threads, [&](int64_t thread, int64_t team, const auto& wait) {
       Winograd own = *this;
       char* mine = at + thread * um;
-      own.u_ = take<Element>(mine, FREQUENCIES * U_APART);
+      own.u_ = take<Value>(mine, FREQUENCIES * U_APART);
       own.m_ = take<float>(mine, FREQUENCIES * m_apart_);
-      own.v_ = reinterpret_cast<Element*>(at + args_.threads * um + (alone_ ? thread * v : 0));
+      own.v_ = reinterpret_cast<Value*>(at + args_.threads * um + (alone_ ? thread * v : 0));
       if (alone_) {
         for (int64_t first = thread * rows_; first < tiles_; first += team * rows_) own.strip(first, 0, 1, [] {});
       } else {
@@ -127,41 +129,22 @@ class Winograd {
       }
     }
     for (int64_t c = 0; c < depth_; c += LANES) {
-      Element* to = v_ + r * row_ + c;
+      Value* to = v_ + r * row_ + c;
       if (c + LANES <= args_.channels) {
         transform_pixels(pixels, c, to, [](const Element* from) { return Product::load(from); });
       } else {
         const int64_t count = args_.channels - c;
-        transform_pixels(pixels, c, to, [&](const Element* from) { return load_some(from, count); });
+        transform_pixels(pixels, c, to, [&](const Element* from) { return read_some(from, count); });
       }
     }
   }
 
   template <class Load>
-  void transform_pixels(const Element* const (&pixels)[SIZE][SIZE], int64_t c, Element* to, const Load& load) const {
-    Floats half[SIZE][SIZE];
-#pragma GCC unroll 6
-    for (int j = 0; j < SIZE; ++j) {
-      Floats d[SIZE], v[SIZE];
-#pragma GCC unroll 6
-      for (int i = 0; i < SIZE; ++i) d[i] = load(pixels[i][j] + c);
-      Filter::input(d, v);
-#pragma GCC unroll 6
-      for (int i = 0; i < SIZE; ++i) half[i][j] = v[i];
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < SIZE; ++i) {
-      Floats v[SIZE];
-      Filter::input(half[i], v);
-#pragma GCC unroll 6
-      for (int j = 0; j < SIZE; ++j) Product::store(to + (i * SIZE + j) * v_apart_, v[j]);
-    }
-  }
-
-  static Floats load_some(const Element* from, int64_t count) {
-    Element lanes[LANES] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
-    return Product::load(lanes);
+  void transform_pixels(const Element* const (&pixels)[SIZE][SIZE], int64_t c, Value* to, const Load& load) const {
+    const int64_t apart = v_apart_;
+    transform<Filter::input, SIZE, SIZE>(
+        [&](int i, int j) { return load(pixels[i][j] + c); },
+        [=](int i, int j, Floats v) { Product::store(to + (i * SIZE + j) * apart, v); });
   }
 
   // Brings the weights of a block near while something else is computed, a part of them at each of `times` calls.
@@ -204,7 +187,7 @@ class Winograd {
       const bool last = c + depth == depth_;
       Fetch fetch(*this, last ? next : column, last ? 0 : c + depth, FREQUENCIES * ceil_divide(rows, Product::ROWS));
       for (int f = 0; f < FREQUENCIES; ++f) {
-        const Element* v = v_ + f * v_apart_ + first * row_ + c;
+        const Value* v = v_ + f * v_apart_ + first * row_ + c;
         for (int64_t r = 0; r < rows; r += Product::ROWS, fetch.some()) {
           Product::multiply(v + r * row_, row_, smaller(Product::ROWS, rows - r), u_ + f * U_APART, depth,
                             m_ + f * m_apart_ + r * COLUMNS, c == 0);
@@ -220,48 +203,30 @@ class Winograd {
 
   // u[frequency][channel][column] of `depth` channels; zero for channels and outputs that there are not.
   void transform_weight(int64_t column, int64_t channel, int64_t depth) const {
+    const int64_t tap = args_.channels * PACKED_OUTPUTS, there = smaller(depth, args_.channels - channel);
     for (int64_t c = 0; c < depth; ++c) {
-      const Element* from = channel + c < args_.channels ? panel(column) + (channel + c) * PACKED_OUTPUTS : nullptr;
-      for (int64_t o = 0; o < COLUMNS; o += LANES) {
-        Floats half[SIZE][3];
-#pragma GCC unroll 3
-        for (int j = 0; j < 3; ++j) {
-          Floats g[3] = {}, result[SIZE];
-#pragma GCC unroll 3
-          for (int i = 0; i < 3; ++i) {
-            if (from) g[i] = Product::load(from + (i * 3 + j) * args_.channels * PACKED_OUTPUTS + o);
-          }
-          Filter::weight(g, result);
-#pragma GCC unroll 6
-          for (int i = 0; i < SIZE; ++i) half[i][j] = result[i];
-        }
-#pragma GCC unroll 6
-        for (int i = 0; i < SIZE; ++i) {
-          Floats u[SIZE];
-          Filter::weight(half[i], u);
-#pragma GCC unroll 6
-          for (int j = 0; j < SIZE; ++j) Product::store(u_ + (i * SIZE + j) * U_APART + c * COLUMNS + o, u[j]);
-        }
+      Value* to = u_ + c * COLUMNS;
+      if (c >= there) {
+        for (int f = 0; f < FREQUENCIES; ++f) std::memset(to + f * U_APART, 0, COLUMNS * sizeof(Value));
+        continue;
+      }
+      const Element* from = panel(column) + (channel + c) * PACKED_OUTPUTS;
+      for (int64_t o = 0; o < COLUMNS; o += LANES, from += LANES, to += LANES) {
+        transform<Filter::weight, 3, SIZE>(
+            [=](int i, int j) { return Product::load(from + (i * 3 + j) * tap); },
+            [=](int i, int j, Floats u) { Product::store(to + (i * SIZE + j) * U_APART, u); });
       }
     }
   }
 
   // LANES outputs from `output` on, or as many as there are, of the OUT x OUT pixels of a tile inside the result.
   void transform_output(const Place& at, int64_t output, const float* m) const {
-    Floats half[OUT][SIZE], y[OUT][OUT];
-#pragma GCC unroll 6
-    for (int j = 0; j < SIZE; ++j) {
-      Floats column[SIZE], result[OUT];
-#pragma GCC unroll 6
-      for (int i = 0; i < SIZE; ++i) column[i] = get(m + (i * SIZE + j) * m_apart_);
-      Filter::output(column, result);
-#pragma GCC unroll 4
-      for (int i = 0; i < OUT; ++i) half[i][j] = result[i];
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < OUT; ++i) Filter::output(half[i], y[i]);
+    Floats y[OUT][OUT];
+    transform<Filter::output, SIZE, OUT>(
+        [&](int i, int j) { return get(m + (i * SIZE + j) * m_apart_); },
+        [&](int i, int j, Floats result) { y[i][j] = result; });
     const int64_t count = smaller(LANES, args_.outputs - output);
-    const Floats bias = args_.bias ? some(args_.bias + output, count) : Floats{};
+    const Floats bias = args_.bias ? read_some(args_.bias + output, count) : Floats{};
     const int64_t down = smaller(OUT, args_.out_height - at.row), across = smaller(OUT, args_.out_width - at.column);
     if (down == OUT && across == OUT && count == LANES) {
 #pragma GCC unroll 4
@@ -278,21 +243,12 @@ class Winograd {
     }
   }
 
-  static Floats some(const float* from, int64_t count) {
-    if (count == LANES) return get(from);
-    float lanes[LANES] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
-    return get(lanes);
-  }
-
   void finish(int64_t offset, int64_t count, Floats y) const {
     const Element* addend = static_cast<const Element*>(args_.addend);
     Element* to = static_cast<Element*>(args_.out) + offset;
     if (count == LANES) return Product::store(to, addend ? y + Product::load(addend + offset) : y);
-    if (addend) y += load_some(addend + offset, count);
-    Element lanes[LANES];
-    Product::store(lanes, y);
-    for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+    if (addend) y += read_some(addend + offset, count);
+    write_some(to, y, count);
   }
 
   const WinogradArgs& args_;
@@ -300,7 +256,7 @@ class Winograd {
   int64_t depth_, row_, rows_;  // channels with zeros to a multiple of 16; distance of rows; tiles of a strip
   int64_t v_apart_, m_apart_;   // distances of frequencies
   bool alone_;                  // each thread has strips of its own
-  Element *v_ = nullptr, *u_ = nullptr;
+  Value *v_ = nullptr, *u_ = nullptr;
   float* m_ = nullptr;
   const Element* zeros_ = nullptr;
 };

@@ -11,6 +11,7 @@ namespace {
 // What winograd.h asks of an element: for bfloat16, transformed in float32, rounded, multiplied with sums in float32.
 struct WinogradBFloat16 {
   using Element = uint16_t;
+  using Value = uint16_t;
   static constexpr int PAIR = 2;
   static constexpr int COLUMNS = 64;
   static constexpr int64_t DEPTH = 512;

@@ -1,25 +1,35 @@
-// The products of a Winograd convolution, one for each frequency of the transforms: for float32.
+// The products of a Winograd convolution, one for each frequency of the transforms, in float32.
 #pragma once
 
 #include "attention_tile.h"
+#include "elements.h"
 #include "scratch.h"
 
 namespace fastdiff::cpu::CPU_CAPABILITY {
 namespace {
 
-// What winograd.h asks of an element: how it is read and written, how transformed weights lie, and the product.
-struct WinogradFloat {
-  using Element = float;                            // of maps, transformed maps and weights
-  static constexpr int COLUMNS = 32;                // outputs of a block of transformed weights
-  static constexpr int ROWS = LANES == 16 ? 6 : 3;  // tiles that are multiplied at once
-  static constexpr int64_t DEPTH = 128;             // channels of a block at most, a multiple of 16
-  static constexpr int64_t SUM = 16;                // products summed before they are added to the others
-  static constexpr int64_t STRIP = 96;              // tiles of a strip at most
-  static constexpr int64_t STRIP_BYTES = 8 << 20;   // of transformed input, where that leaves 32 tiles
+// What winograd.h asks of maps and weights, float or uint16_t for bfloat16: how elements are read and written, how
+// transformed weights lie, and the product.
+template <class MapElement>
+struct WinogradWide {
+  using Element = MapElement;                      // of maps and weights
+  using Value = float;                             // of what they are transformed to
+  static constexpr int COLUMNS = 32;               // outputs of a block of transformed weights
+  static constexpr int ROWS = 6;                   // tiles that are multiplied at once
+  static constexpr int64_t DEPTH = 128;            // channels of a block at most, a multiple of 16
+  static constexpr int64_t SUM = 16;               // products summed before they are added to the others
+  static constexpr int64_t STRIP = 96;             // tiles of a strip at most
+  static constexpr int64_t STRIP_BYTES = 8 << 20;  // of transformed input, where that leaves 32 tiles
 
   // LANES values.
-  static Floats load(const float* from) { return get(from); }
-  static void store(float* to, Floats x) { put(to, x); }
+  template <class T>
+  static Floats load(const T* from) {
+    return read(from);
+  }
+  template <class T>
+  static void store(T* to, Floats x) {
+    write(to, x);
+  }
 
   // m[r][column] (first ? = : +=) sum over t of v[r * stride + t] * u[t][column], r < rows, t < depth, column <
   // COLUMNS; m is dense, depth a multiple of 16. Sums of SUM products keep the rounding error low.
@@ -33,8 +43,9 @@ struct WinogradFloat {
   }
 
  private:
+  // A function of its own, so that what is around it takes no registers from the loop.
   template <int COUNT>
-  static void multiply_tile(const float* v, int64_t stride, const float* u, int64_t depth, float* m, bool first) {
+  [[gnu::noinline]] static void multiply_tile(const float* v, int64_t stride, const float* u, int64_t depth, float* m, bool first) {
     Floats total[COUNT][2] = {};
     for (int64_t begin = 0; begin < depth; begin += SUM, v += SUM) {
       Floats sum[COUNT][2] = {};

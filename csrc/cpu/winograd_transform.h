@@ -7,6 +7,28 @@
 namespace fastdiff::cpu::CPU_CAPABILITY {
 namespace {
 
+// result(i, j, T d T^T) of FROM x FROM values d = value(i, j), by a filter that computes TO values T x of FROM values x.
+template <auto filter, int FROM, int TO, class Value, class Result>
+inline void transform(const Value& value, const Result& result) {
+  Floats half[TO][FROM];
+#pragma GCC unroll 6
+  for (int j = 0; j < FROM; ++j) {
+    Floats column[FROM], filtered[TO];
+#pragma GCC unroll 6
+    for (int i = 0; i < FROM; ++i) column[i] = value(i, j);
+    filter(column, filtered);
+#pragma GCC unroll 6
+    for (int i = 0; i < TO; ++i) half[i][j] = filtered[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < TO; ++i) {
+    Floats row[TO];
+    filter(half[i], row);
+#pragma GCC unroll 6
+    for (int j = 0; j < TO; ++j) result(i, j, row[j]);
+  }
+}
+
 template <int OUT>
 struct Transform;
 

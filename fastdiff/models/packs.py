@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fastdiff.models.arena import outside
 from fastdiff.models.caches import Cache
 from fastdiff.models.leaf import is_plain
+from fastdiff.models.processor import extension, this
 from fastdiff.models.rewrites import Rewrites
-from fastdiff.ops import native
 from fastdiff.ops.torch_library import onednn_dtypes
 
-__all__ = ["PAIRED", "Known", "Packed", "Packs", "extension", "has_products"]
+__all__ = ["PAIRED", "Known", "Packed", "Packs", "extension", "widens"]
 
 _MOST_SHAPES = 64
 _MARGIN = 2**20
@@ -27,8 +27,6 @@ _UNTRIMMED = 2**21
 """Bytes of copies after whose making the memory that it took goes back to the system."""
 PAIRED = "paired"
 """The layout of a weight of bfloat16 for products of ours of any shape: channels in pairs."""
-_MOST_PRODUCTS = 2**27
-"""Up to so many products of bfloat16 ours are faster than oneDNN's, which take 20 microseconds to begin."""
 
 
 class Packs(Cache):
@@ -109,8 +107,9 @@ class Known:
 
 
 class Packed:
-    """A weight as it is read: ours for float32, otherwise in the layout that oneDNN chooses for the shape of what it is
-    multiplied with. There is one copy: where a new shape asks for another layout, that one takes its place."""
+    """A weight as it is read: ours for what is multiplied in float32, otherwise in the layout that oneDNN chooses for
+    the shape of what it is multiplied with. There is one copy: where a new shape asks for another layout, that one
+    takes its place."""
 
     def __init__(self) -> None:
         self._state: tuple[Tensor | None, frozenset[Any]] = (None, frozenset())
@@ -131,10 +130,14 @@ class Packed:
         return made
 
     def takes_pairs(self, x: Tensor, products: int) -> bool:
-        """Whether ours are these products of x. A weight stays in the layout that it was given first."""
-        if x.dtype != torch.bfloat16 or not has_products():
+        """Whether ours are these products of x. A weight stays in the layout that it was given first, or in oneDNN's
+        once that was needed where ours serve for small products only."""
+        own = this()
+        if x.dtype != torch.bfloat16 or own.most == 0:
             return False
-        return products <= _MOST_PRODUCTS if self._state[0] is None else PAIRED in self._state[1]
+        if self._state[0] is None:
+            return products <= own.most
+        return PAIRED in self._state[1] and (own.filtered or products <= own.most)
 
     @property
     def nbytes(self) -> int:
@@ -158,20 +161,17 @@ def _trim_after(size: int) -> None:
             compiled.trim_memory()
 
 
-def extension() -> Any:
-    """The compiled extension, or None."""
-    found = native.extension()
-    return None if isinstance(found, str) else found
-
-
-def has_products() -> bool:
-    """Whether the machine has products of bfloat16 for ours."""
-    compiled = extension()
-    return compiled is not None and compiled.has_bfloat16_products()
+def widens(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are ours and made in float32."""
+    if dtype == torch.float32:
+        return extension() is not None
+    return dtype == torch.bfloat16 and this().widened
 
 
 def _fits(x: Tensor) -> bool:
-    if type(x) is not Tensor or x.dtype not in onednn_dtypes() or x.numel() == 0 or not torch.backends.mkldnn.enabled:
+    if type(x) is not Tensor or x.numel() == 0 or not torch.backends.mkldnn.enabled:
+        return False
+    if x.dtype not in onednn_dtypes() and not widens(x.dtype):
         return False
     if torch.is_grad_enabled() and x.requires_grad:
         return False

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.models.packs import PAIRED, Known, Packed, Packs, extension, has_products
+from fastdiff.models.packs import PAIRED, Known, Packed, Packs, extension, widens
+from fastdiff.models.processor import this
 from fastdiff.models.winograd import filters, tile
 from fastdiff.ops import fold_upsample
 
@@ -88,7 +89,7 @@ def _convolve(
     held: Packed = packs.kept(known, (geometry, part), (weight,), Packed)
     compiled, own_outputs = extension(), weight.shape[0]
     outputs = own_outputs * (4 if geometry is _PHASES else 1)
-    if x.dtype == torch.float32 and compiled is not None:
+    if widens(x.dtype):
         packed = held.at(None, lambda: compiled.pack_weight(make().detach()))
         size = tile(x.shape, outputs, geometry, doubled=doubled)
         if size:
@@ -119,16 +120,17 @@ def _convolve(
 
 def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], *, doubled: bool = False) -> bool:
     """Whether the convolution is made by Winograd's filtering."""
-    if x.dtype == torch.float32:
-        return extension() is not None and tile(x.shape, outputs, geometry, doubled=doubled) > 0
-    return x.dtype == torch.bfloat16 and has_products() and filters(x.shape, outputs, geometry, doubled=doubled)
+    if widens(x.dtype):
+        return tile(x.shape, outputs, geometry, doubled=doubled) > 0
+    return x.dtype == torch.bfloat16 and this().filtered and filters(x.shape, outputs, geometry, doubled=doubled)
 
 
 def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
-    """conv of x and `second` as if concatenated along the channels: in float32 the sum of a product each."""
+    """conv of x and `second` as if concatenated along the channels: one product where pairs are multiplied, else the
+    sum of a product each."""
     weight, bias, channels = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias), x.shape[1]
     geometry, known = _geometry(conv), cast(Known, packs.known((conv,), x, second))
-    if geometry == _PIXELS and x.dtype == torch.bfloat16 and has_products():
+    if geometry == _PIXELS and x.dtype == torch.bfloat16 and this().filtered:
         held, compiled = packs.kept(known, (geometry, "both"), (weight,), Packed), extension()
         packed = held.at(PAIRED, lambda: compiled.pack_bfloat16(weight.detach()))
         product: Tensor = compiled.convolve_both_bfloat16(x, second, packed, bias, len(weight))
@@ -158,7 +160,7 @@ def products(leaves: tuple[nn.Module, ...], x: Tensor, packs: Packs, *, addend: 
     held: Packed = packs.kept(known, "linear", weights, Packed)
     compiled = extension()
     outputs = sum(weight.shape[0] for weight in weights)
-    if x.dtype == torch.float32 and compiled is not None:
+    if widens(x.dtype):
         packed = held.at(None, lambda: compiled.pack_weight(_joined(weights)))
         return _product(compiled.multiply, compiled.conv_packed, x, packed, bias, outputs, addend)
     rows = x.numel() // x.shape[-1]

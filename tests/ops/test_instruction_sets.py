@@ -17,7 +17,7 @@ FILES = (
     *("test_guidance_weights.py", "test_dynamic_threshold.py", "test_langevin_step_size.py"),
     *("test_geglu.py", "test_layer_norm_modulate.py"),
     *("test_conv_bias_residual.py", "test_upsample_conv.py"),
-    "test_winograd.py",
+    *("test_winograd.py", "test_widened.py"),
 )
 LESSER = {"AVX2": ("default",), "AVX512": ("default", "avx2")}
 
