@@ -135,7 +135,8 @@ def _in_tiles(x: Tensor, outputs: int, geometry: tuple[Any, ...], packs: Packs, 
 
 
 def convolve_both(conv: nn.Module, x: Tensor, second: Tensor, packs: Packs) -> Tensor:
-    """conv of x and `second` as if concatenated along the channels: in float32 the sum of a product each."""
+    """conv of x and `second` as if concatenated along the channels: one product where pairs are multiplied, else the
+    sum of a product each."""
     weight, bias, channels = cast(Tensor, conv.weight), cast(Tensor | None, conv.bias), x.shape[1]
     geometry, known = _geometry(conv), cast(Known, packs.known((conv,), x, second))
     if geometry == _PIXELS and x.dtype == torch.bfloat16 and this().filtered:

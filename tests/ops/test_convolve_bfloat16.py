@@ -20,6 +20,10 @@ CONVOLUTIONS = {  # samples, channels, height, width, outputs, taps, stride, pad
     "one pixel": (1, 62, 1, 1, 3, (3, 3), (1, 1), (1, 1)),
     "deep": (1, 620, 4, 4, 65, (3, 3), (1, 1), (1, 1)),
     "mixed": (1, 6, 7, 8, 5, (5, 2), (3, 1), (2, 0)),
+    "three channels": (2, 3, 9, 8, 40, (3, 3), (1, 1), (1, 1)),
+    "odd and strided": (1, 7, 8, 9, 66, (4, 3), (2, 3), (0, 2)),
+    "odd pixels": (1, 33, 5, 5, 20, (1, 1), (1, 1), (0, 0)),
+    "wide padding": (1, 5, 2, 3, 18, (3, 3), (1, 1), (4, 5)),
 }
 CASES = [pytest.param(case, id=name) for name, case in CONVOLUTIONS.items()]
 
@@ -49,7 +53,27 @@ def test_convolution_is_rounded_once(case, with_bias, with_addend, threads):
     assert_rounded_once(y, exact if addend is None else exact + addend.double(), largest)
 
 
-@pytest.mark.parametrize("size", [(1, 2, 1), (3, 30, 17), (16, 256, 256), (130, 1300, 80), (500, 128, 200)], ids=str)
+@pytest.mark.parametrize("channels", [(32, 64), (1, 31), (600, 40), (9, 16)], ids=str)
+def test_two_maps_are_one_product(channels, threads):
+    torch.manual_seed(2)
+    maps = [torch.randn(2, count, 7, 9).bfloat16().to(memory_format=torch.channels_last) for count in channels]
+    weight, bias = torch.randn(70, sum(channels), 1, 1).bfloat16(), torch.randn(70).bfloat16()
+    y = extension.convolve_both_bfloat16(*maps, extension.pack_bfloat16(weight), bias, 70)
+    x = torch.cat(maps, dim=1).double()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_rounded_once(y, F.conv2d(x, weight.double(), bias.double()), F.conv2d(x.abs(), weight.double().abs(), None))
+
+
+def test_maps_of_two_sizes_are_refused():
+    packed = extension.pack_bfloat16(torch.randn(8, 8, 1, 1).bfloat16())
+    x = torch.randn(1, 4, 3, 3).bfloat16()
+    with pytest.raises(RuntimeError, match="not the first one's size"):
+        extension.convolve_both_bfloat16(x, x[:, :, :2], packed, None, 8)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 2, 1), (3, 30, 17), (4, 33, 20), (16, 256, 256), (130, 1300, 80), (500, 128, 200)], ids=str
+)
 def test_product_is_rounded_once(size, threads):
     rows, channels, outputs = size
     torch.manual_seed(1)

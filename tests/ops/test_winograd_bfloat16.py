@@ -194,7 +194,13 @@ def test_small_products_are_ours(conv, calls):
     assert calls == ["convolve_bfloat16"]
 
 
-def test_large_products_and_odd_channels_are_onednn_s(calls):
-    for conv, x in ((layer(512, 512, 1), maps(1, 512, 24, 24)), (layer(31, 40, 1), maps(1, 31, 8, 8))):
-        assert close(convolve(conv, x, Packs()), conv, x)
+def test_large_products_are_onednn_s(calls):
+    conv, x = layer(512, 512, 1), maps(1, 512, 24, 24)
+    assert close(convolve(conv, x, Packs()), conv, x)
     assert calls == []
+
+
+def test_odd_channels_are_ours(calls):
+    conv, x = layer(3, 40, 3), maps(1, 3, 8, 8)
+    assert close(convolve(conv, x, Packs()), conv, x)
+    assert calls == ["convolve_bfloat16"]
