@@ -100,7 +100,8 @@ def _rate(row: Line | None) -> str:
     """What is reached of what bounds the layer."""
     computing = row is not None and row.get("bound") == "compute"
     rate = _number(row, "gflops_per_second" if computing else "gbytes_per_second")
-    return f"{rate:.3g} G{'FLOP' if computing else 'B'}/s" if rate else ""
+    number = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+    return f"{number} G{'FLOP' if computing else 'B'}/s" if rate else ""
 
 
 def _name(row: Line) -> str:
