@@ -186,6 +186,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {name: _register(operator) for name,
 """The registered operators, `torch.ops.fastdiff.<name>.default`."""
 
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_profiling = torch.autograd._profiler_enabled
 
@@ -205,7 +206,7 @@ def plain_step(
 
     That way costs about 6 us more, which is what a small step takes: every check in Python, the choice of a backend.
     """
-    if config.detours or _is_compiling():
+    if config.detours or _is_compiling() or _is_tracing():
         return None
     step = native.plain_step()
     if step is None:
@@ -216,7 +217,7 @@ def plain_step(
 def plain_norm(*args: Any) -> Any:
     """What the extension's `plain_norm` gives for these arguments; None where the call has to take the long way, which
     takes as long as a small norm."""
-    if config.forced_backend("group_norm_silu") not in (None, "native"):
+    if _is_tracing() or config.forced_backend("group_norm_silu") not in (None, "native"):
         return None
     norm = native.plain_norm()
     return None if norm is None else norm(*args)
@@ -229,6 +230,7 @@ def call(name: str, args: tuple[Any, ...]) -> Any:
     subclasses (fake tensors among them), meta tensors and the profiler need it.
     """
     first = args[0]
-    if _is_compiling() or type(first) is not Tensor or first.is_meta or _dispatch_modes() or _is_profiling():
+    graph = _is_compiling() or _is_tracing()
+    if graph or type(first) is not Tensor or first.is_meta or _dispatch_modes() or _is_profiling():
         return REGISTERED[name](*args)
     return _run(name, args)
