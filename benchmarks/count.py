@@ -118,9 +118,9 @@ def _in_tiles(name: str, args: Any, out: Any) -> int:
     if doubled:
         geometry: tuple[Any, ...] = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     elif name == "fastdiff::conv_bias_residual":
-        geometry = (args[1].shape[2:], *args[4:6], (1, 1), 1)
+        geometry = (tuple(args[1].shape[2:]), *map(tuple, args[4:6]), (1, 1), 1)
     elif name == "aten::convolution" and not args[6]:
-        geometry = (args[1].shape[2:], *args[3:6], args[8])
+        geometry = (tuple(args[1].shape[2:]), *map(tuple, args[3:6]), args[8])
     else:
         return 0
     x, (outputs, *sides) = args[0], out.shape[1:]

@@ -10,7 +10,8 @@ import torch
 
 import fastdiff
 from fastdiff.models import prepacked
-from fastdiff.models.packs import Packs, extension, has_products
+from fastdiff.models.packs import Packs, extension, widens
+from fastdiff.models.processor import this
 from fastdiff.models.rewrites import Rewrites, names, needed
 
 diffusers = pytest.importorskip("diffusers")
@@ -63,7 +64,7 @@ def test_the_output_stays(dtype: torch.dtype, called: set[str]) -> None:
         outputs.append(model(x, 7).sample)
         filtered.append(any("winograd" in name for name in called))
     assert max(error(y, truth) for y in outputs) <= 2 * eager + torch.finfo(dtype).eps
-    has_it = extension() is not None and (dtype == torch.float32 or has_products())
+    has_it = widens(dtype) or this().filtered
     assert filtered == [has_it, False, False, has_it], "without `prepacked` there is none either"
     assert torch.equal(outputs[0], outputs[3])
     assert torch.equal(outputs[0], outputs[1]) != has_it
