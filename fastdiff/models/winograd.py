@@ -1,7 +1,8 @@
 """Where a 3x3 convolution on the CPU is made by Winograd's filtering, and in which tiles.
 
 Y = A^T [(G g G^T) * (B^T d B)] A: m x m results of a filter g from (m + 2) x (m + 2) pixels d, by (m + 2)^2 products
-instead of 9 m^2 (Lavin & Gray, arXiv:1509.09308, section 4). A pixel that is not finite spoils its whole tile.
+instead of 9 m^2 (Lavin & Gray, arXiv:1509.09308, section 4). A pixel that is not finite spoils its
+whole tile, and one that is a million times as large as the others takes their digits.
 """
 
 from __future__ import annotations

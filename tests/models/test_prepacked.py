@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from small_unet import small_unet
 from torch import nn
 
 import fastdiff
@@ -22,16 +23,7 @@ WITHOUT = tuple(name for name in names() if name != "prepacked")
 
 
 def unet():
-    torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=24,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
+    model = small_unet()
     return model, (torch.randn(2, 4, 9, 6), 7, torch.randn(2, 5, 24)), lambda m, *a: m(*a).sample
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_unet import small_unet
 from torch import Tensor, nn
 
 import fastdiff
@@ -20,8 +21,6 @@ from fastdiff.models.packs import Packed, Packs
 from fastdiff.models.prepacked import convolve, convolve_both, convolve_doubled, products
 from fastdiff.models.processor import Features, Products, products_of, this
 from fastdiff.ops import native
-
-diffusers = pytest.importorskip("diffusers")
 
 EXTENSION: Any = native.extension()
 OURS = ("winograd", "convolve", "multiply", "winograd_bfloat16", "convolve_bfloat16", "multiply_bfloat16")
@@ -154,17 +153,8 @@ def test_tiles_leave_only_small_products_to_us(processor: Any) -> None:
 
 
 def unet() -> tuple[nn.Module, tuple[Any, ...]]:
-    torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=24,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    return model.eval(), (torch.randn(2, 4, 16, 16), torch.tensor(7), torch.randn(2, 5, 24))
+    model = small_unet()
+    return model, (torch.randn(2, 4, 16, 16), torch.tensor(7), torch.randn(2, 5, 24))
 
 
 def errors() -> tuple[float, float]:
